@@ -1,6 +1,6 @@
 """`python -m trainer`: train or resume the run that the arguments configure.
 
-Hydra composes the configuration, `config.schema.load` validates it, and `train.train_run` trains.
+Hydra composes the configuration, `config.schema.validate_config` validates it, and `train.train_run` trains.
 """
 
 import os

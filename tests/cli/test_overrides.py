@@ -20,7 +20,7 @@ from trainer.cli.overrides import (
 )
 from trainer.cli.sweep import _use_sweep_folder
 from trainer.config.diff import flatten
-from trainer.config.schema import load
+from trainer.config.schema import validate_config
 from trainer.config.typed import format_argument, quote, quote_if_needed
 from trainer.errors import ConfigError
 
@@ -106,7 +106,7 @@ def test_shown_names_are_given_by_class_as_they_are_typed() -> None:
     tree = compose(["data=image_folder", "data.root=x", f"data.class_names={typed}"])
     assert tree
     assert tree["data"]["class_names"] == names
-    assert load(tree).data.class_names == names
+    assert validate_config(tree).data.class_names == names
     assert parse_value("data.class_names={a: b}") == {"a": "b"}
     (translated,) = translate_overrides(["data.class_names={a: b c},{a: d}"], is_sweep=True)
     jobs = [format_override(f"data.class_names={t}") for t in parse_override(translated).sweep_string_iterator()]

@@ -8,7 +8,7 @@ import pytest
 
 from tests.config.test_schema import tree
 from trainer.config.batch_size import FOOTPRINTS, Footprint
-from trainer.config.schema import Model, RunConfig, load_resolved
+from trainer.config.schema import Model, RunConfig, validate_resolved_config
 from trainer.models.backbones import get_backbones
 from trainer.models.classifier import Classifier, build_classifier, count_parameters
 from trainer.models.freezing import set_trainable_layers
@@ -27,7 +27,7 @@ def warn(
     device: Device = H200, cpus: int = 16, replicas: int = 1, cached_in: str = "memory", **settings: Any
 ) -> list[str]:
     settings = {"runtime__precision": "bfloat16", **settings}
-    return find_device_warnings(load_resolved(tree(**settings)), device, cpus, replicas, cached_in)
+    return find_device_warnings(validate_resolved_config(tree(**settings)), device, cpus, replicas, cached_in)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_too_few_cpus_for_the_decoder_are_a_warning(facts: dict[str, Any], work:
 
 def make_config(precision: str) -> RunConfig:
     phases = {"head": {"thaw": "none", "epochs": 1}, "all": {"thaw": "all", "epochs": 1}}
-    return load_resolved(tree(phases=phases, runtime__precision=precision))
+    return validate_resolved_config(tree(phases=phases, runtime__precision=precision))
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ from trainer.cli.overrides import (
     translate_overrides,
 )
 from trainer.config.keys import add_defaults, list_keys, suggest_key, suggest_name
-from trainer.config.schema import RequestedConfig, load
+from trainer.config.schema import RequestedConfig, validate_config
 from trainer.config.unread import require_read
 from trainer.errors import ConfigError
 
@@ -58,7 +58,7 @@ def format_help() -> str:
 
 
 def _allow_new_key(argument: str) -> str:
-    """Turn `a.b=1` into `++a.b=1`, so that Hydra accepts unknown keys, which `load` then reports with a suggestion.
+    """Turn `a.b=1` into `++a.b=1`, so that Hydra accepts unknown keys, which `validate_config` reports.
 
     Config groups, Hydra's own keys and arguments that are not KEY=VALUE are returned unchanged.
     """
@@ -185,7 +185,7 @@ def load_and_require_read(composed: dict[str, Any], arguments: list[str]) -> Req
     Raises ConfigError, whose `errors` are all errors in the configuration, or else all keys in `arguments` without an
     effect.
     """
-    config = load(composed)
+    config = validate_config(composed)
     require_read(config, list_argument_keys(arguments))
     return config
 

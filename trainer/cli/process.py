@@ -15,7 +15,7 @@ from trainer.cli.compose import compose
 from trainer.cli.source import choose_source
 from trainer.cluster.processes import replace_process
 from trainer.cluster.signals import ignore_sigterm
-from trainer.config.schema import RequestedConfig, Runtime, load
+from trainer.config.schema import RequestedConfig, Runtime, validate_config
 from trainer.errors import (
     BUG,
     DONE,
@@ -140,7 +140,9 @@ def _configure_log_from_arguments() -> None:
     for keys in (r"runtime(\.\w+)?", r"runtime(\.log_format|\.termination_log)?"):
         arguments = [a for a in sys.argv[1:] if re.match(rf"\+*({keys})=", a)]
         with suppress(ConfigError):
-            return configure_log(load(compose(["data=digits", *arguments]) or {}).runtime) if arguments else None
+            if arguments:
+                configure_log(validate_config(compose(["data=digits", *arguments]) or {}).runtime)
+            return
 
 
 def choose_and_log_source(arguments: list[str]) -> list[str]:

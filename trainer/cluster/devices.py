@@ -154,7 +154,7 @@ def check_batch_size(config: RunConfig, replicas: int) -> None:
         problem = f"is not divisible by {replicas} replicas"
         fix = f"start {', '.join(str(1 << i) for i in range(num_virtual.bit_length()))} replicas"
         raise ConfigError(problem, key="training.virtual_replicas", value=num_virtual, fix=fix)
-    num_micro_batches = config.training.micro_batches(replicas)
+    num_micro_batches = config.training.count_micro_batches(replicas)
     per_replica, divisor = batch_size // (num_virtual or replicas), compute_batch_size_multiple(config, replicas)
     smaller_size = f"{batch_size // divisor * divisor} or " if batch_size > divisor else ""
     sizes = f"{smaller_size}{-(-batch_size // divisor) * divisor}"

@@ -4,7 +4,7 @@ import math
 
 from trainer.config.batch_size import choose_batch_size
 from trainer.config.phases import AutoPhases, Phase
-from trainer.config.schema import Choices, Precision, RequestedConfig, RunConfig, replace_auto
+from trainer.config.schema import AutoValues, Precision, RequestedConfig, RunConfig, replace_auto
 from trainer.types import CPU, Device
 
 # A dataset has few images if it has fewer than FEW_IMAGES, or on average fewer than FEW_PER_CLASS per class.
@@ -37,7 +37,7 @@ def resolve_auto(
     if isinstance(config, RunConfig):
         return config, []
     if stored_config:
-        choices = Choices(
+        choices = AutoValues(
             stored_config.model.backbone,
             stored_config.training.batch_size,
             stored_config.phases,
@@ -51,12 +51,12 @@ def resolve_auto(
         backbone, backbone_reason = _choose_backbone(images, classes)
         phases, phases_reason, hint = _choose_phases(config, images, classes)
         precision, precision_reason = choose_precision(device)
-        provisional_config = replace_auto(config, Choices(backbone, 1, phases, precision))
+        provisional_config = replace_auto(config, AutoValues(backbone, 1, phases, precision))
         batch_size, batch_size_reason = choose_batch_size(provisional_config, images, device, replicas)
         multiple = compute_batch_size_multiple(provisional_config, replicas)
         if device.kind == "GPU":  # on CPUs, a batch size that is not a multiple is an error of `check_batch_size`
             batch_size = max(batch_size // multiple, 1) * multiple
-        choices = Choices(backbone, batch_size, phases, precision)
+        choices = AutoValues(backbone, batch_size, phases, precision)
         explanations = {
             "model.backbone": f"{backbone}, {dataset} ({backbone_reason})",
             "phases": f"{phases_reason}, {dataset} (few: under {FEW_IMAGES:,}, or {FEW_PER_CLASS} per class){hint}",

@@ -90,7 +90,7 @@ def _describe_saved_model(address: str, home: StoragePath) -> TeacherFiles:
 def _describe_checkpoint(address: str, home: StoragePath) -> TeacherFiles:
     """Describe the best or newest checkpoint of the run in `home`. Raise a DataError if it has none or is corrupt."""
     try:
-        settings = config.load_resolved(config.parse_config((home / "config.yaml").read()))
+        settings = config.validate_resolved_config(config.parse_config((home / "config.yaml").read()))
     except ConfigError as error:
         problem = f"its config.yaml cannot be used: {error}"
         raise ConfigError(problem, key=KEY, value=address, fix="give a run of this version, or its export") from None

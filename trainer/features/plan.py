@@ -150,7 +150,7 @@ def plan_features(
     for name, phase in config.phases.items():
         if error := config.find_feature_error(name):  # automatic phases were not validated before
             raise error
-        cut, epochs = divisions[name].cut, config.phase_steps(phase, per_epoch) / per_epoch
+        cut, epochs = divisions[name].cut, config.count_phase_steps(phase, per_epoch) / per_epoch
         choice = _choose_input(config, phase, cut, epochs, num_train + num_validation, budget)
         if phase.features == "cached" and choice.input_kind != "cached":
             key, fix = f"phases.{name}.features", "use features=auto or live"
@@ -186,7 +186,7 @@ def plan_engines(
         if input_kinds[name] == "cached":
             images = counts["train"] * (phase.augmented_views or 1) + counts.get("validation", 0)
         else:
-            images = config.phase_steps(phase, per_epoch) * config.training.batch_size
+            images = config.count_phase_steps(phase, per_epoch) * config.training.batch_size
         obstacle = _find_litert_obstacle(config, device, compiled[name])
         if requested == "litert" and obstacle:
             fix = "use auto or tensorflow"

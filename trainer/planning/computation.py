@@ -100,7 +100,7 @@ def plan_computations(
     per_epoch = count_steps_per_epoch(dataset.splits["train"], config.training.batch_size)
     computations, num_replicas = {}, config.training.virtual_replicas or replicas
     for name, phase in config.phases.items():
-        images = config.phase_steps(phase, per_epoch) * config.training.batch_size // num_replicas
+        images = config.count_phase_steps(phase, per_epoch) * config.training.batch_size // num_replicas
         workload = PhaseWorkload(images, len(classifier.backbone.layers), divisions[name].differentiated)
         computations[name] = decide_computation(config, name, device, workload)
     return computations

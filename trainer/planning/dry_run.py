@@ -8,7 +8,7 @@ from rich.text import Text
 from trainer.cluster.devices import check_batch_size, choose_devices, describe_devices, detect_device
 from trainer.config.auto import limit_batch_size, resolve_auto
 from trainer.config.distillation import prefix_teacher_key
-from trainer.config.schema import Data, RunConfig, configure_teacher
+from trainer.config.schema import Data, RunConfig, derive_teacher_config
 from trainer.data.corrections import describe_corrections, read_corrections
 from trainer.data.csv_source import plan_copies
 from trainer.data.host import count_usable_cpus, get_default_memory_budget
@@ -62,7 +62,7 @@ def show_run(plan: Plan, arguments: list[str], plot: Path | None, summary: bool)
 def _show_teacher(plan: Plan, arguments: list[str], summary: bool) -> Plan | None:
     """Print the plan of the run that trains the teacher, and return it; None if the teacher need not be trained."""
     config, is_needed = plan.config, False
-    teacher = configure_teacher(config)
+    teacher = derive_teacher_config(config)
     if teacher:
         with suppress(ConfigError):  # `show_configuration` reports errors in output_dir
             is_needed = config.output_dir is None or must_train(config, teacher)
@@ -243,8 +243,8 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     )  # fmt: skip
     epoch_steps = sharding.steps_per_epoch
     replica_batch = max(batch_size // replicas, 1)  # a replica's examples of a global batch
-    per_replica = max(replica_batch // config.training.micro_batches(replicas), 1)  # its examples per forward pass
-    phases = estimates.plan_phases(config, classifier, epoch_steps, per_replica)
+    micro_batch = max(replica_batch // config.training.count_micro_batches(replicas), 1)  # examples per forward pass
+    phases = estimates.plan_phases(config, classifier, epoch_steps, micro_batch)
     sections.show_phases(plan, config, phases, estimates.count_model_parameters(classifier), epoch_steps, sharding.mode)
     computations = {}
     with plan.collect_errors():
@@ -277,7 +277,7 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     with plan.collect_errors():
         if config.distillation:
             teacher = plan.trained_first.model if plan.trained_first else None
-            text, uses = checks.plan_teacher(config, config.distillation, dataset, per_replica, plan.replicas, teacher)
+            text, uses = checks.plan_teacher(config, config.distillation, dataset, micro_batch, plan.replicas, teacher)
             model_rows.append(("teacher", text))
             memory += uses
     if plot:

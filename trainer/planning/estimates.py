@@ -78,7 +78,7 @@ def plan_phases(config: RunConfig, classifier: Classifier, epoch_steps: int, num
         freezing = set_trainable_layers(
             classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay
         )
-        steps = config.phase_steps(phase, epoch_steps)
+        steps = config.count_phase_steps(phase, epoch_steps)
         trainable_bytes = count_variable_bytes(freezing.trainable.values())
         trained_bytes, frozen_bytes = estimate_activations(
             classifier, freezing.first_trainable, num_examples, precision, freezing.batch_norm_training

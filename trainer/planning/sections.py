@@ -14,7 +14,7 @@ from trainer.cli.compose import GROUPS, compose
 from trainer.cluster.discovery import Cluster
 from trainer.config.auto import resolve_auto
 from trainer.config.diff import flatten
-from trainer.config.schema import RequestedConfig, RunConfig, load
+from trainer.config.schema import RequestedConfig, RunConfig, validate_config
 from trainer.data.host import get_memory_limit_bytes
 from trainer.data.images import CachePlan
 from trainer.distillation.own_teacher import locate_teacher
@@ -129,7 +129,7 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
     rows: Rows = [("choices", "  ".join(choices) or "experiment=quickstart"), ("seed", str(config.seed))]
     with suppress(ConfigError):  # the groups alone may lack required keys
         base, now = (
-            flatten(load(compose(choices) or {}).model_dump(mode="json")),
+            flatten(validate_config(compose(choices) or {}).model_dump(mode="json")),
             flatten(config.model_dump(mode="json")),
         )
         changed = [f"{k} = {v} (was {base.get(k)})" for k, v in now.items() if v != base.get(k) and k != "output_dir"]

@@ -133,7 +133,7 @@ def estimate_time(
             return {}
         choice, division = inputs[name]
         is_cached = choice.input_kind == "cached"
-        steps = config.phase_steps(phase, steps_per_epoch)
+        steps = config.count_phase_steps(phase, steps_per_epoch)
         num_images = steps / steps_per_epoch * counts["train"]
         cut = division.cut if is_cached else None
         network: Network = Tail(classifier, cut) if cut else classifier

@@ -39,7 +39,7 @@ def find_run_warnings(
     config, dataset, replicas = images.config, images.dataset, worker.replicas
     train, read_once = dataset.splits["train"], images.train_images_read_once
     replica_batch = max(config.training.batch_size // (worker.size * replicas), 1)
-    micro_batch = max(replica_batch // config.training.micro_batches(worker.size * replicas), 1)
+    micro_batch = max(replica_batch // config.training.count_micro_batches(worker.size * replicas), 1)
     epoch_steps = count_steps_per_epoch(train, config.training.batch_size)
     caches = plan_image_caches(config, dataset, classifier.image_size, train_images_read_once=read_once)
     phases = plan_phases(config, classifier, epoch_steps, micro_batch)
@@ -120,7 +120,7 @@ def find_dataset_warnings(
         warnings.append(f"{fraction} of the training examples are {name}: a constant prediction is right {fraction} of "
                         "the time; try training.class_weights=balanced")  # fmt: skip
     period = config.runtime.checkpoint_every.steps(epoch_steps, config.training.batch_size)
-    steps = {name: config.phase_steps(phase, epoch_steps) for name, phase in config.phases.items()}
+    steps = {name: config.count_phase_steps(phase, epoch_steps) for name, phase in config.phases.items()}
     if names := ", ".join(name for name, count in steps.items() if period > count):
         warnings.append(f"runtime.checkpoint_every={period:,} steps is longer than {names}: a stop costs up to all of "
                         "it")  # fmt: skip

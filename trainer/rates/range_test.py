@@ -11,7 +11,7 @@ from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import discover
 from trainer.cluster.signals import StopFlag
 from trainer.config.phases import AutoPhases, Phase, Schedule
-from trainer.config.schema import RequestedConfig, configure_teacher
+from trainer.config.schema import RequestedConfig, derive_teacher_config
 from trainer.context import PhaseRun, RunContext, open_phase
 from trainer.data.images import convert_data_errors
 from trainer.data.remote import show_addresses_in_errors
@@ -51,12 +51,12 @@ def run_range_test(config: RequestedConfig, phase: str | None, bounds: Bounds, o
     require_replaceable_page(page_folder, "trainer.rates", SUMMARY)
     if phase is not None and not isinstance(config.phases, AutoPhases):
         require_phase(phase, config.phases)
-    if configure_teacher(config):
+    if derive_teacher_config(config):
         fix = "leave it out, or give the output_dir of a trained teacher, without distillation.model"
         raise ConfigError("is not trained in a range test", key="distillation.teacher", value="train", fix=fix)
     with tempfile.TemporaryDirectory(prefix="kubetune-rates-") as temporary_dir:
         test_config = config.model_copy(update={"output_dir": f"{temporary_dir}/run", "resume": "auto"})
-        stop, control = StopFlag(), ControlChannel(discover({}), {})
+        stop, control = StopFlag(), ControlChannel(discover(environment={}), connections={})
         run_folder = open_run_folder(test_config)
         try:
             run, divisions, _, rss_bytes = set_up(test_config, run_folder, control, stop, time.time())
@@ -125,7 +125,7 @@ def measure_losses(run: RunContext, name: str) -> tuple[np.ndarray, np.ndarray]:
         StopRequested: the process has received a signal.
     """
     phase = run.config.phases[name]
-    max_steps = run.config.phase_steps(phase, run.plan.sharding.steps_per_epoch)
+    max_steps = run.config.count_phase_steps(phase, run.plan.sharding.steps_per_epoch)
     freezing = set_trainable_layers(
         run.classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay
     )

@@ -65,7 +65,7 @@ def evaluate(
         ModelError: the backbone cannot be loaded.
         StopRequested: a signal was received; the evaluation has to be started again.
     """
-    config, stop, control = run.config, StopFlag(), ControlChannel(discover({}), {})
+    config, stop, control = run.config, StopFlag(), ControlChannel(discover(environment={}), connections={})
 
     def open_data(config: RunConfig, log_message: LogMessage) -> OpenedData:
         data_config = config.model_copy(

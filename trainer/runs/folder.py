@@ -26,7 +26,13 @@ from trainer.cluster.control import ControlChannel
 from trainer.config.auto import resolve_auto
 from trainer.config.diff import ADDRESS_KEYS, INITIAL_WEIGHTS_KEYS, list_forbidden_changes, list_moved_addresses
 from trainer.config.distillation import TEACHER_FOLDER
-from trainer.config.schema import RequestedConfig, RunConfig, configure_teacher, load_resolved, parse_config
+from trainer.config.schema import (
+    RequestedConfig,
+    RunConfig,
+    derive_teacher_config,
+    parse_config,
+    validate_resolved_config,
+)
 from trainer.config.typed import format_argument
 from trainer.errors import BUG, INTERRUPTED, ConfigError, DataError, Interrupted, StopRequested
 from trainer.monitoring.log import log
@@ -432,7 +438,7 @@ def check_folder(
         if config.resume == "must":
             problem, fix = f"output_dir={address} holds no run", "give the output_dir of a run, or resume=auto"
             raise ConfigError(problem, key="resume", value="must", fix=fix)
-        teacher_names = {TEACHER_FOLDER} if configure_teacher(config) else set()  # the teacher's run trains first
+        teacher_names = {TEACHER_FOLDER} if derive_teacher_config(config) else set()  # the teacher's run trains first
         if names := contents.names - teacher_names:
             problem, fix = (
                 f"is not empty and holds no run ({escape_unprintable(min(names))})",
@@ -459,7 +465,7 @@ def check_folder(
 def parse_stored_config(content: bytes, address: str) -> RunConfig:
     """Parse the config.yaml in output_dir `address`. Raises ConfigError if the content is corrupt or invalid."""
     try:
-        return load_resolved(parse_config(content))
+        return validate_resolved_config(parse_config(content))
     except ConfigError as error:
         problem = f"its config.yaml cannot be used: {error.problem}"
         warm_start = format_argument("warm_start", address)

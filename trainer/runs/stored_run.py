@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.config.schema import Model, RunConfig, load_resolved, parse_config
+from trainer.config.schema import Model, RunConfig, parse_config, validate_resolved_config
 from trainer.data.records import join_first
 from trainer.errors import ConfigError, DataError
 from trainer.monitoring.log import log
@@ -91,7 +91,7 @@ def find_run(address: str, changes: dict[str, Any] | None = None) -> StoredRun:
             section = section[name]
         section[field_name] = value
     try:
-        config = load_resolved(config_tree)
+        config = validate_resolved_config(config_tree)
     except ConfigError as error:
         fix = "change the value on the command line, or give a run of this version"
         raise ConfigError(f"has an invalid config.yaml: {error}", key="run", value=address, fix=fix) from None
