@@ -299,7 +299,7 @@ def test_the_plan_of_a_gpu_has_its_memory_by_phase_and_what_would_be_slow(
         out,
     )
     assert "! runtime.precision=float32 is slow on NVIDIA L4: its tensor cores compute faster in bfloat16" in out
-    assert "! 1 CPUs augment about 2,950 small images per second" in out
+    assert "! 1 CPU can augment about 2,950 small images per second" in out
 
 
 def test_the_time_of_a_run_is_estimated_from_measured_steps(quickstart: tuple[Path, str], planned: Planned) -> None:

@@ -13,7 +13,8 @@ from trainer.models.backbones import get_backbones
 from trainer.models.classifier import Classifier, build_classifier, count_parameters
 from trainer.models.freezing import set_trainable_layers
 from trainer.planning.estimates import PhasePlan, estimate_activations, plan_phases
-from trainer.planning.gpu_memory import describe_gpu_memory, find_device_warnings
+from trainer.planning.gpu_memory import describe_gpu_memory
+from trainer.planning.warnings import find_device_warnings
 from trainer.types import CPU, Device
 
 H200 = Device("GPU", "NVIDIA H200", (9, 0), 150_754_820_096)
@@ -50,10 +51,10 @@ def test_a_precision_without_the_tensor_cores_is_a_warning(device: Device, preci
 @pytest.mark.parametrize(
     ("facts", "work"),
     [
-        ({"cpus": 4, "cached_in": "none"}, "4 CPUs decode about 3,780"),
+        ({"cpus": 4, "cached_in": "none"}, "4 CPUs can decode about 3,780"),
         ({"cpus": 5, "cached_in": "none"}, None),
-        ({"cpus": 8, "cached_in": "none", "replicas": 2}, "8 CPUs decode about 7,560"),
-        ({"cpus": 1, "augmentation__rotation": 10}, "1 CPUs augment about 2,950"),
+        ({"cpus": 8, "cached_in": "none", "replicas": 2}, "8 CPUs can decode about 7,560"),
+        ({"cpus": 1, "augmentation__rotation": 10}, "1 CPU can augment about 2,950"),
         ({"cpus": 2, "augmentation__rotation": 10}, None),
         ({"cpus": 1}, None),  # read from memory as they are
         ({"cpus": 1, "cached_in": "none", "device": CPU}, None),

@@ -16,7 +16,7 @@ from trainer.data.open import stage_and_open_run_dataset
 from trainer.data.tfds_writer import ImageSource, LabeledImages, WriteOptions, write_dataset
 from trainer.distillation.teacher_files import describe_teacher
 from trainer.errors import DataError
-from trainer.planning.checks import fetch_metadata, plan_staging
+from trainer.planning.checks import download_to_temporary_folder, plan_staging
 from trainer.runs.checkpoints import read_pointer
 from trainer.runs.publisher import fetch_run
 from trainer.storage.base import ObjectInfo
@@ -258,7 +258,7 @@ def test_the_copy_of_a_folder_has_its_name(in_bucket: StoragePath, tmp_path: Pat
     assert (one.folder.name, other.folder.name) == (in_bucket.name, in_bucket.name)
     assert one.folder != other.folder  # each process has its own
     assert (one.folder.parent / ".lock").exists()
-    with fetch_metadata(address, []) as folder:
+    with download_to_temporary_folder(address, []) as folder:
         assert Path(folder).name == in_bucket.name
 
 

@@ -32,14 +32,14 @@ class TeacherFiles:
     home: StoragePath  # folder of the SavedModel or of the checkpoint
     classes: tuple[str, ...]  # class names in the order of the logits
     fingerprint: str  # 16 hex digits of SHA-256: of all files of a SavedModel; of a checkpoint's weights and `model`
-    files: dict[str, int]  # path relative to `home` -> size in bytes; for a checkpoint, only variables.npz
+    bytes_by_file: dict[str, int]  # path relative to `home` -> size; for a checkpoint, only variables.npz
     model: config.Model | None = None  # configuration of a checkpoint's network; None for a SavedModel
 
     @property
     def summary(self) -> str:
         """A one-line description: address, backbone and checkpoint (or "a SavedModel"), number of classes, size."""
         kind = f"{self.model.backbone}, checkpoint {self.home.name}" if self.model else "a SavedModel"
-        return f"{self.address} ({kind}, {len(self.classes)} classes, {sum(self.files.values()) / 1e6:,.1f} MB)"
+        return f"{self.address} ({kind}, {len(self.classes)} classes, {sum(self.bytes_by_file.values()) / 1e6:,.1f} MB)"
 
     @property
     def properties(self) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def read_weights(teacher: TeacherFiles) -> dict[str, np.ndarray]:
         DataError: a file is missing, or a file of a checkpoint does not match its size or checksum.
     """
     if teacher.model is None:
-        return {name: np.frombuffer((teacher.home / name).read(), np.uint8) for name in teacher.files}
+        return {name: np.frombuffer((teacher.home / name).read(), np.uint8) for name in teacher.bytes_by_file}
     try:
         return select_inference_weights(read_checkpoint(teacher.home)[1])
     except DataError as error:

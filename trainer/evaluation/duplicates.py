@@ -18,8 +18,8 @@ from scipy.sparse.csgraph import connected_components
 THUMBNAIL_SIDE = 16  # pixels
 MAX_HASH_DISTANCE = 6  # bits in which the hashes of two candidates may differ
 MIN_CORRELATION = 0.99  # between the thumbnails of two duplicates
-# An image is blank if the standard deviation of its thumbnail's values, 0 to 255, is below this. It is computed over all
-# pixels and channels together, so that a gray area is blank, but not an area of one color such as red.
+# An image is blank if the standard deviation of its thumbnail's values, 0 to 255, is below this. It is computed over
+# all pixels and channels together, so that a gray area is blank, but not an area of one color such as red.
 _MIN_STD = 3.0
 _IMAGES_PER_BATCH = 8  # resized at a time; they fit the CPU cache, so they are resized 9 times as fast as 256 at a time
 _HASH_PAIRS_PER_BATCH = 2_000_000  # compared at a time; their differing bits take 16 MB

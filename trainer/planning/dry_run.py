@@ -26,11 +26,11 @@ from trainer.models.classifier import Classifier, build_classifier, count_parame
 from trainer.monitoring.console import get_width
 from trainer.planning import checks, estimates, network_plot, sections
 from trainer.planning.computation import plan_computations
-from trainer.planning.gpu_memory import describe_gpu_memory, find_device_warnings
+from trainer.planning.gpu_memory import describe_gpu_memory
 from trainer.planning.layers import PIPE_WIDTH, format_layers
 from trainer.planning.sections import Plan, Rows, format_names
 from trainer.planning.timing import estimate_time, has_gpus
-from trainer.planning.warnings import find_dataset_warnings, find_settings_warnings
+from trainer.planning.warnings import find_dataset_warnings, find_device_warnings, find_settings_warnings
 from trainer.runs.folder import check_same_data, describe_versions, inspect_folder
 from trainer.runs.initial_weights import check_same_weights
 from trainer.runs.stored_run import disable_pretrained_weights
@@ -73,7 +73,7 @@ def _show_teacher(plan: Plan, arguments: list[str], summary: bool) -> Plan | Non
     with rename_teacher_keys():
         show_run(teacher_plan, arguments, None, summary)
     plan.errors += [prefix_teacher_key(error) for error in teacher_plan.errors]
-    plan.trained_first = teacher_plan.config
+    plan.untrained_teacher = teacher_plan.config
     plan.print(Text("\nthe student, trained after it", style="bold reverse"))
     return teacher_plan
 
@@ -119,7 +119,7 @@ def _open_data(plan: Plan) -> Rows:
         plan.to_stage = list(prepared.shards.values())
         rows.append(("bucket", f"{streamed_folder}: {describe_shards(prepared, budget)}"))
         with (
-            checks.fetch_metadata(streamed_folder, prepared.metadata.values()) as folder,
+            checks.download_to_temporary_folder(streamed_folder, prepared.metadata.values()) as folder,
             show_addresses_in_errors({folder: streamed_folder}),
         ):
             _open(plan, data.model_copy(update={"root": folder}), streamed=True)
@@ -276,8 +276,10 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
             plan.warnings += filter(None, [checks.match_local_warm_start(config, classifier)])
     with plan.collect_errors():
         if config.distillation:
-            teacher = plan.trained_first.model if plan.trained_first else None
-            text, uses = checks.plan_teacher(config, config.distillation, dataset, micro_batch, plan.replicas, teacher)
+            text, uses = checks.check_and_estimate_teacher(
+                config, config.distillation, dataset, micro_batch_size=micro_batch, num_replicas=plan.replicas,
+                untrained_model=plan.untrained_teacher.model if plan.untrained_teacher else None,
+            )  # fmt: skip
             model_rows.append(("teacher", text))
             memory += uses
     if plot:
@@ -287,8 +289,9 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
         plan.print(Text("\nlayers", style="bold"))
         print("\n".join(format_layers(classifier, phases, get_width(PIPE_WIDTH))), flush=True)
     sections.show_memory(plan, memory)
-    num_values = replica_batch * classifier.image_size**2 * 3
-    if rows := describe_gpu_memory(device, phases, count_variable_bytes(classifier.variables.values()), num_values):
+    variable_bytes = count_variable_bytes(classifier.variables.values())
+    num_image_values = replica_batch * classifier.image_size**2 * 3
+    if rows := describe_gpu_memory(device, phases, variable_bytes, num_image_values):
         plan.print_section("GPU memory (estimate, per GPU)", rows)
     with plan.collect_errors():
         plan.warnings += estimates.check_worker_memory(config, memory, replicas)

@@ -50,7 +50,7 @@ class Plan:
     labels_known: bool = True  # False if only the metadata of the dataset was read
     reasons: list[str] = field(default_factory=list)  # one line per value that a resumed run chose for `auto`
     to_stage: list[ObjectInfo] = field(default_factory=list)  # files that a run would first fetch from a bucket
-    trained_first: RequestedConfig | None = None  # configuration of the teacher's run, if it would be trained first
+    untrained_teacher: RequestedConfig | None = None  # configuration of a teacher that would be trained first
     finished: bool = False  # True if the run in output_dir is finished, so that it would exit with 0 at once
 
     @property
@@ -208,7 +208,7 @@ def show_storage(plan: Plan, problem: str) -> None:
     if config.distillation:
         address = locate_teacher(config.distillation.teacher, str(config.output_dir))
         classes, teacher_text = dataset.class_names if dataset else None, "trained first, as above"
-        if not plan.trained_first:
+        if not plan.untrained_teacher:
             teacher_text = plan.check(lambda: checks.check_teacher(address, classes).summary)
         rows.append(("teacher", teacher_text))
     if plan.resuming:

@@ -6,22 +6,30 @@ import numpy as np
 
 from trainer.cluster.devices import detect_device
 from trainer.cluster.worker import Worker
+from trainer.config.auto import choose_precision
 from trainer.config.phases import Phase
 from trainer.config.schema import RequestedConfig, RunConfig
 from trainer.data.host import count_usable_cpus
 from trainer.data.images import ImageStore, plan_image_caches
 from trainer.data.sharding import count_steps_per_epoch
 from trainer.distillation.teacher import ConfiguredTeacher
+from trainer.errors import format_count
 from trainer.models.classifier import Classifier
 from trainer.planning.estimates import check_worker_memory, estimate_memory, estimate_teacher_memory, plan_phases
-from trainer.planning.gpu_memory import find_device_warnings
-from trainer.types import Dataset
+from trainer.types import Dataset, Device
 
 MIN_RATE_RATIO = 5  # thawed layers should start with at most the head's learning rate divided by this
 ADAPTIVE_OPTIMIZERS = frozenset(
     {"adam", "adamw", "adamax", "nadam", "rmsprop"}
 )  # optimizers with comparable learning rates
 DOMINANT_FRACTION = 0.6  # a class with a larger fraction of the training examples causes a warning
+# Speed of one CPU in images per second, measured with two CPUs at 160 px (docs/performance.md); larger photos take
+# longer.
+DECODED_IMAGES_PER_SECOND_PER_CPU = 945
+AUGMENTED_IMAGES_PER_SECOND_PER_CPU = 2_950  # cached images, with flip, rotation and zoom
+# Assumed training speed of one GPU in images per second. An H200 trains ResNet50 at 2,871 and MobileNetV2 at 9,423
+# (docs/speed.md).
+TRAINED_IMAGES_PER_SECOND_PER_GPU = 4_000
 
 
 def find_run_warnings(
@@ -132,4 +140,42 @@ def find_dataset_warnings(
     if 0 < num_validation < 100 and not any("validation has only" in note for note in dataset.notes):
         warnings.append(f"validation has only {num_validation:,} examples: each is {100 / num_validation:.1f} points "
                         "of accuracy")  # fmt: skip
+    return warnings
+
+
+def find_device_warnings(config: RunConfig, device: Device, num_cpus: int, num_gpus: int, cached_in: str) -> list[str]:
+    """Return warnings about settings that make training slow on this worker's GPUs; [] on CPUs.
+
+    Args:
+        num_cpus: number of CPUs on this worker.
+        num_gpus: number of GPUs on this worker.
+        cached_in: where the decoded training images are cached: "memory", "disk" or "none".
+    """
+    if device.kind == "CPU":
+        return []
+    warnings = []
+    precision = config.runtime.precision
+    fastest, _ = choose_precision(device)
+    # Half precisions that are not the fastest are accepted, except if the GPU lacks tensor cores for bfloat16.
+    if precision != fastest and (precision == "float32" or fastest == "float16"):
+        warnings.append(
+            f"runtime.precision={precision} is slow on {device.name}: its tensor cores compute faster in {fastest}; "
+            "set runtime.precision=auto"
+        )
+    decodes = cached_in == "none"  # images that are not cached are decoded in every epoch
+    if not decodes and not config.augmentation.active:
+        return warnings  # the CPUs only copy images
+    task, per_cpu = "augment", AUGMENTED_IMAGES_PER_SECOND_PER_CPU
+    if decodes:
+        task, per_cpu = "decode", DECODED_IMAGES_PER_SECOND_PER_CPU
+    required_rate = num_gpus * TRAINED_IMAGES_PER_SECOND_PER_GPU  # images per second
+    if num_cpus * per_cpu < required_rate:
+        min_cpus = -(-required_rate // per_cpu)  # rounded up
+        fix = f"request {format_count(min_cpus, 'CPU')}"
+        if decodes:
+            fix += ", or raise runtime.memory_budget_gb"
+        warnings.append(
+            f"{format_count(num_cpus, 'CPU')} can {task} about {num_cpus * per_cpu:,} small images per second, and "
+            f"{format_count(num_gpus, 'GPU')} may train on {required_rate:,}: {fix} (docs/speed.md)"
+        )
     return warnings
