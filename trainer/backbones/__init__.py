@@ -47,7 +47,7 @@ def main() -> None:
         config = load_and_require_read(composed, overrides)
         explicit_keys = list_argument_keys(overrides) | map_argument_values(overrides).keys()
         comparison_config = configure_comparison(config, candidates, explicit_keys)
-        start_monitoring(config, worker=0, workers=1)
+        start_monitoring(config, worker_index=0, num_workers=1)
         health.enter_phase("backbones")
         with suppress_import_noise():
             from trainer.backbones.comparison import compare_backbones  # here, because it imports TensorFlow

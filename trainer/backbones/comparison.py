@@ -155,9 +155,9 @@ def _open_comparison(
     log.info(f"data: {pool.name}, {num_classes} classes, {split.count:,} examples {usage} ({fold_plan.reason})")
     # The cluster of an empty environment is a single worker, which has no connections.
     control = ControlChannel(discover(environment={}), connections={})
-    _, num_replicas = choose_devices(no_weights.runtime, workers=1)
+    _, num_replicas = choose_devices(no_weights.runtime, num_workers=1)
     num_train = len(fold_plan.get_indices(0)[0])
-    config, reasons = resolve_auto(no_weights, num_train, num_classes, detect_device(), replicas=num_replicas)
+    config, reasons = resolve_auto(no_weights, num_train, num_classes, detect_device(), num_replicas=num_replicas)
     for reason in reasons:
         log.info(reason)
     config, _ = limit_batch_size(config, num_train, num_replicas)

@@ -97,13 +97,13 @@ def suppress_import_noise(with_keras: bool = True) -> Iterator[None]:
         yield
 
 
-def start_monitoring(config: RequestedConfig, worker: int, workers: int) -> socket.socket | None:
+def start_monitoring(config: RequestedConfig, worker_index: int, num_workers: int) -> socket.socket | None:
     """Set up the log, the termination message and the HTTP server as `config.runtime` specifies.
 
     Args:
         config: the run's configuration.
-        worker: index of this worker, from 0.
-        workers: number of workers.
+        worker_index: index of this worker, from 0.
+        num_workers: number of workers.
 
     Returns:
         The HTTP server's listening socket; None if `runtime.http_port` is null.
@@ -111,8 +111,8 @@ def start_monitoring(config: RequestedConfig, worker: int, workers: int) -> sock
     Raises:
         ConfigError: the server cannot listen on `runtime.http_port`.
     """
-    configure_log(config.runtime, **make_log_labels(config, worker))
-    health.set_gauges(workers=workers)
+    configure_log(config.runtime, **make_log_labels(config, worker_index))
+    health.set_gauges(workers=num_workers)
     if config.runtime.http_port:
         from trainer.monitoring.http import serve
 

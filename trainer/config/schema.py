@@ -188,9 +188,9 @@ class Training(Section):
     """Fraction of the validation batches that is scored after each epoch, to select the best epoch. At the end of a
     phase, the selected weights are scored on all batches."""
 
-    def count_micro_batches(self, replicas: int) -> int:
-        """Return the number of micro-batches per step on each replica, for `replicas` replicas on all workers."""
-        return self.virtual_replicas // replicas if self.virtual_replicas else self.accumulate
+    def count_micro_batches(self, num_replicas: int) -> int:
+        """Return the number of micro-batches per step on each replica, for `num_replicas` replicas on all workers."""
+        return self.virtual_replicas // num_replicas if self.virtual_replicas else self.accumulate
 
     @model_validator(mode="after")
     def _check_virtual_replicas(self) -> Training:

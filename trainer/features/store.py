@@ -173,9 +173,9 @@ def delete_features(file: Path) -> None:
         file.with_suffix(suffix).unlink(missing_ok=True)
 
 
-def count_feature_bytes(shape: tuple[int, ...], dtype: str, views: int, examples: int) -> int:
+def count_feature_bytes(shape: tuple[int, ...], dtype: str, num_views: int, num_examples: int) -> int:
     """Return the size of stored features in bytes. `shape` is the shape of one example's features in one view."""
-    return views * examples * int(np.prod(shape)) * STORED_DTYPES[dtype].itemsize
+    return num_views * num_examples * int(np.prod(shape)) * STORED_DTYPES[dtype].itemsize
 
 
 def open_features(features: Features, file: Path, memory_budget: int | None, disk_budget: int) -> Features | None:

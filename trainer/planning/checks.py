@@ -248,7 +248,7 @@ def check_and_estimate_teacher(
         estimate_teacher_memory,
         every_step=predicts_every_step,
         num_examples=micro_batch_size,
-        replicas=num_replicas,
+        num_replicas=num_replicas,
         num_label_values=num_train * len(dataset.class_names),
         precision=config.runtime.precision,
     )

@@ -214,10 +214,11 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     """Resolve `auto` values as a run does, build the network, and print the sections about the network and training."""
     num_classes = len(dataset.class_names)
     device, replicas = detect_device(), plan.replicas * plan.cluster.size
-    config, reasons = resolve_auto(plan.config, dataset.splits["train"].count, num_classes, device, replicas=replicas)
+    num_train = dataset.splits["train"].count
+    config, reasons = resolve_auto(plan.config, num_train, num_classes, device, num_replicas=replicas)
     if reasons := reasons or plan.reasons:
         plan.print_section("advice", [("auto", reason) for reason in reasons])
-    config, limit_warning = limit_batch_size(config, dataset.splits["train"].count, replicas)
+    config, limit_warning = limit_batch_size(config, num_train, replicas)
     plan.warnings += [limit_warning] * bool(limit_warning)
     check_batch_size(config, replicas)
     is_auto_backbone = plan.config.model.backbone == "auto"
@@ -267,8 +268,9 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
         rows.append(("decoded" if name == "train" else "", text))
     plan.print_section("caches", rows)
     memory = estimates.estimate_memory(
-        classifier, phases, caches, num_examples=replica_batch, replicas=plan.replicas, baseline=baseline_bytes
-    )
+        classifier, phases, caches, num_examples=replica_batch, num_replicas=plan.replicas,
+        baseline_bytes=baseline_bytes,
+    )  # fmt: skip
     plan.warnings += find_device_warnings(config, device, count_usable_cpus(), plan.replicas, caches["train"].where)
     model_rows = [*_describe_model(config, classifier, num_classes), *weights_rows]
     with plan.collect_errors():

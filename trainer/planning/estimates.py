@@ -167,37 +167,37 @@ ESTIMATE_TOLERANCE = 1.25  # a run is rejected if its estimate exceeds the memor
 
 def estimate_memory(
     classifier: Classifier, phases: list[PhasePlan], caches: dict[str, CachePlan], *, num_examples: int,
-    replicas: int, baseline: int,
+    num_replicas: int, baseline_bytes: int,
 ) -> MemoryUses:  # fmt: skip
     """Estimate this worker's uses of memory in the phase that needs most.
 
     Args:
         caches: plan of the decoded images' cache, by split name.
         num_examples: number of examples of a global batch that each replica gets.
-        replicas: number of replicas on this worker.
-        baseline: resident bytes of the process before the network is built.
+        num_replicas: number of replicas on this worker.
+        baseline_bytes: resident bytes of the process before the network is built.
     """
 
     def count_phase_bytes(phase: PhasePlan) -> int:
         return phase.gradient_bytes + phase.optimizer_bytes + phase.ema_bytes + phase.activation_bytes
 
     largest_phase = max(phases, key=count_phase_bytes)
-    half_precision_bytes = largest_phase.half_precision_bytes * replicas
+    half_precision_bytes = largest_phase.half_precision_bytes * num_replicas
     return [
-        ("TensorFlow and libraries, measured here", baseline),
-        ("variables", count_variable_bytes(classifier.variables.values()) * replicas),
-        (f"gradients (phase {largest_phase.name})", largest_phase.gradient_bytes * replicas),
-        ("optimizer and averages", (largest_phase.optimizer_bytes + largest_phase.ema_bytes) * replicas),
+        ("TensorFlow and libraries, measured here", baseline_bytes),
+        ("variables", count_variable_bytes(classifier.variables.values()) * num_replicas),
+        (f"gradients (phase {largest_phase.name})", largest_phase.gradient_bytes * num_replicas),
+        ("optimizer and averages", (largest_phase.optimizer_bytes + largest_phase.ema_bytes) * num_replicas),
         *([(HALF_PRECISION, half_precision_bytes)] if half_precision_bytes else []),
-        (ACTIVATIONS, largest_phase.activation_bytes * replicas),
-        (BATCHES, num_examples * replicas * classifier.image_size**2 * 3 * BATCHES_BYTES_PER_VALUE),
+        (ACTIVATIONS, largest_phase.activation_bytes * num_replicas),
+        (BATCHES, num_examples * num_replicas * classifier.image_size**2 * 3 * BATCHES_BYTES_PER_VALUE),
         ("compiled steps and buffers, about", COMPILED_BYTES),
         (DECODED, sum(c.bytes for c in caches.values() if c.where == "memory")),
     ]
 
 
 def estimate_teacher_memory(
-    variable_bytes: int, classifier: Classifier | None, *, every_step: bool, num_examples: int, replicas: int,
+    variable_bytes: int, classifier: Classifier | None, *, every_step: bool, num_examples: int, num_replicas: int,
     num_label_values: int, precision: Precision,
 ) -> MemoryUses:  # fmt: skip
     """Estimate a teacher's uses of memory on this worker while the student trains.
@@ -210,14 +210,14 @@ def estimate_teacher_memory(
         classifier: the teacher; None for a SavedModel, whose activations are unknown and counted as 0.
         every_step: whether the teacher predicts in every step.
         num_examples: number of examples that a replica processes in one forward pass.
-        replicas: number of replicas on this worker.
+        num_replicas: number of replicas on this worker.
         num_label_values: number of soft-label values: training examples times classes.
         precision: precision of the teacher's activations.
     """
     if not every_step:
         return [("its logits", 4 * num_label_values)]
     activations = sum(estimate_activations(classifier, None, num_examples, precision)) if classifier else 0
-    return [(TEACHER[0], variable_bytes * replicas), (TEACHER[1], activations * replicas)]
+    return [(TEACHER[0], variable_bytes * num_replicas), (TEACHER[1], activations * num_replicas)]
 
 
 def select_gpu_uses(uses: MemoryUses) -> MemoryUses:
@@ -227,13 +227,13 @@ def select_gpu_uses(uses: MemoryUses) -> MemoryUses:
 
 
 def check_device_memory(
-    config: RunConfig, uses: MemoryUses, limit: int, replicas: int, device: str = "this machine"
+    config: RunConfig, uses: MemoryUses, limit: int, num_replicas: int, device: str = "this machine"
 ) -> str:
     """Return a warning if the estimated uses exceed a device's memory, or "" if they fit.
 
     Args:
         limit: memory of the device in bytes.
-        replicas: number of replicas on all workers.
+        num_replicas: number of replicas on all workers.
         device: name of the device in the message.
 
     Raises:
@@ -244,7 +244,7 @@ def check_device_memory(
     if total_bytes <= limit:
         return ""
     batch_bytes = sum(count for name, count in uses if name in (ACTIVATIONS, BATCHES, TEACHER[1]))
-    divisor = compute_batch_size_multiple(config, replicas)
+    divisor = compute_batch_size_multiple(config, num_replicas)
     maximum = int(batch_size * (limit - total_bytes + batch_bytes) / max(batch_bytes, 1)) // divisor * divisor
     decoded = sum(count for name, count in uses if name == DECODED)
     problem = f"needs about {format_bytes(total_bytes)} of memory, and {device} has {format_bytes(limit)}"
@@ -260,11 +260,11 @@ def check_device_memory(
     return str(error)
 
 
-def check_worker_memory(config: RunConfig, uses: MemoryUses, replicas: int) -> list[str]:
+def check_worker_memory(config: RunConfig, uses: MemoryUses, num_replicas: int) -> list[str]:
     """Apply `check_device_memory` to this worker's main memory and to its GPUs; return the warnings.
 
     Args:
-        replicas: number of replicas on all workers.
+        num_replicas: number of replicas on all workers.
 
     Raises:
         ConfigError: the run does not fit into the main memory or into the GPUs.
@@ -274,5 +274,5 @@ def check_worker_memory(config: RunConfig, uses: MemoryUses, replicas: int) -> l
     checks = [([use for use in uses if use not in gpu_uses], get_memory_limit_bytes(), "this machine")]
     if gpu_memory:
         checks.append((gpu_uses, gpu_memory, "the memory of its GPUs"))
-    warnings = (check_device_memory(config, subset, limit, replicas, name) for subset, limit, name in checks)
+    warnings = (check_device_memory(config, subset, limit, num_replicas, name) for subset, limit, name in checks)
     return [warning for warning in warnings if warning]

@@ -33,13 +33,13 @@ TRAINED_IMAGES_PER_SECOND_PER_GPU = 4_000
 
 
 def find_run_warnings(
-    images: ImageStore, classifier: Classifier, teacher: ConfiguredTeacher | None, worker: Worker, baseline: int
+    images: ImageStore, classifier: Classifier, teacher: ConfiguredTeacher | None, worker: Worker, baseline_bytes: int
 ) -> list[str]:
     """Return a run's warnings, the same that `trainer.plan` prints; [] on workers other than the chief.
 
     Args:
         teacher: the configured teacher; None without distillation.
-        baseline: resident bytes of the process before the network was built.
+        baseline_bytes: resident bytes of the process before the network was built.
 
     Raises:
         ConfigError: the run does not fit into the memory of this worker.
@@ -51,12 +51,14 @@ def find_run_warnings(
     epoch_steps = count_steps_per_epoch(train, config.training.batch_size)
     caches = plan_image_caches(config, dataset, classifier.image_size, train_images_read_once=read_once)
     phases = plan_phases(config, classifier, epoch_steps, micro_batch)
-    uses = estimate_memory(classifier, phases, caches, num_examples=replica_batch, replicas=replicas, baseline=baseline)
+    uses = estimate_memory(
+        classifier, phases, caches, num_examples=replica_batch, num_replicas=replicas, baseline_bytes=baseline_bytes
+    )
     if teacher:
         network = teacher.network
         uses += estimate_teacher_memory(
             network.variable_bytes if network else 0, network.classifier if network else None,
-            every_step=config.augmentation.active, num_examples=micro_batch, replicas=replicas,
+            every_step=config.augmentation.active, num_examples=micro_batch, num_replicas=replicas,
             num_label_values=train.count * len(dataset.class_names), precision=config.runtime.precision,
         )  # fmt: skip
     memory = check_worker_memory(config, uses, worker.size * replicas)

@@ -547,9 +547,9 @@ def require_unfinished(config: RequestedConfig) -> None:
         raise Finished(f"{folder} is finished already (it holds DONE); its report is {folder}/report/index.html")
 
 
-def require_output_dir(config: RequestedConfig, workers: int) -> None:
-    """Raise a ConfigError if a run with several `workers` has no output_dir."""
-    if workers > 1 and not config.output_dir:
+def require_output_dir(config: RequestedConfig, num_workers: int) -> None:
+    """Raise a ConfigError if a run with several `num_workers` has no output_dir."""
+    if num_workers > 1 and not config.output_dir:
         raise ConfigError("is required with several workers", key="output_dir", fix="give a folder that outlives them")
 
 
