@@ -251,7 +251,7 @@ def make_plan(
         log.info(sharding.describe(images.dataset.splits["train"], worker.index))
     shard = sharding.for_scoring(worker.index)
     rows = get_images_per_call() if config.training.virtual_replicas else None
-    run.scorer = Scorer(worker, run.classifier, shard, on_wait=run.clock.add_wait, rows=rows)
+    run.scorer = Scorer(worker, run.classifier, shard, on_wait=run.clock.add_wait, rows_per_call=rows)
     steps_per_epoch = sharding.steps_per_epoch
     run.metrics.start(sum(config.count_phase_steps(phase, steps_per_epoch) for phase in config.phases.values()))
     teacher = None

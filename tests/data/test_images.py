@@ -264,13 +264,13 @@ def test_a_damaged_image_is_named_when_decoded_live(kind: str, training: bool, t
         for _ in (
             iterate_first_epoch(pixels)
             if training
-            else build_evaluation_batches(pixels, batch_size=8, replicas=1).dataset
+            else build_evaluation_batches(pixels, batch_size=8, num_replicas=1).dataset
         ):
             pass
 
 
 def iterate_first_epoch(pixels: Pixels) -> tf.data.Dataset:
-    batches = build_training_batches(pixels, Order(8, seed=1, window=10), replicas=2, augmentation=Augmentation())
+    batches = build_training_batches(pixels, Order(8, seed=1, window=10), num_replicas=2, augmentation=Augmentation())
     return batches.dataset.take(2 * 5)
 
 

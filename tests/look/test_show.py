@@ -147,7 +147,7 @@ def test_images_are_those_of_training(photos: Path) -> None:
     indices = np.array(sorted(each.index for each in content.images.augmented))
     assert [train.labels[i] for i in indices] in ([0, 1], [1, 0])
     view = EpochAugmentation(resolved.augmentation, 5, 3)
-    batch = next(iter(build_indexed_batches(pixels, indices, rows=2, replicas=1, view=view).dataset))
+    batch = next(iter(build_indexed_batches(pixels, indices, rows_per_batch=2, num_replicas=1, view=view).dataset))
     for row, index in enumerate(indices):
         (views,) = (each.views for each in content.images.augmented if each.index == index)
         np.testing.assert_array_equal(batch["image"][row], views[3])

@@ -177,7 +177,7 @@ def _train_head(backbone: FrozenBackbone, features: Features) -> TrainingStep:
     step = TrainingStep(strategy, tail, freezing.trainable, optimizer, settings, should_stop=worker.stop_requested)
     order = Order(batch_size=batch_size, seed=config.seed, window=config.data.shuffle_window, first_epoch=0,
                   first_step=0, sharding=UNSHARDED)  # fmt: skip
-    batches = build_training_batches(features, order, replicas=worker.replicas, augmentation=Augmentation())
+    batches = build_training_batches(features, order, num_replicas=worker.replicas, augmentation=Augmentation())
     iterator = iter(strategy.distribute_datasets_from_function(lambda _: batches.dataset))
     num_steps = 0
     while num_steps < total_steps:

@@ -211,7 +211,9 @@ def _compute_soft_labels(
     same_images = (teacher.image_size, resize) == (images.size, config.model.resize)  # as the student's
     pixels = images.open_split("train") if same_images else images.open_resized("train", teacher.image_size, resize)
     batch_size = ROWS_PER_CALL * worker.replicas * worker.size
-    predictions = Scorer(worker, teacher, sharding, rows=ROWS_PER_CALL).score(pixels, batch_size, "soft labels")
+    predictions = Scorer(worker, teacher, sharding, rows_per_call=ROWS_PER_CALL).score(
+        pixels, batch_size, "soft labels"
+    )
     if worker.should_stop("while soft labels were computed"):
         return None
     # Examples without a prediction have an undecodable image, so their weight in training is 0.

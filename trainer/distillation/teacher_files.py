@@ -128,7 +128,7 @@ def read_scores(address: str, fingerprint: str) -> dict[str, Any] | None:
         missing; a SavedModel has none.
     """
     with suppress(DataError):
-        return read_json(storage_path(address) / "report" / "report.json", partial(_parse_scores, fingerprint), "")
+        return read_json(storage_path(address) / "report" / "report.json", partial(_parse_scores, fingerprint), fix="")
     return None
 
 

@@ -118,9 +118,9 @@ def open_images(run: StoredRun, size: int) -> ImageStore:
     """
     uncached = run.config.data.model_copy(update={"cache": "none"})
     config = run.config.model_copy(update={"data": uncached, "model": disable_pretrained_weights(run.config.model)})
-    data = stage_and_open_run_dataset(config, log.info, lambda _: None, stream=False)
+    data = stage_and_open_run_dataset(config, log.info, check_stop=lambda _: None, stream=False)
     data = replace(data, dataset=map_to_run_classes(run, data.dataset))
-    return ImageStore(data, config, size, lambda _: None)
+    return ImageStore(data, config, size, check_stop=lambda _: None)
 
 
 def score_all(explainer: Explainer, images: ImageStore, split: str) -> SplitPredictions:

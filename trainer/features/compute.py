@@ -163,8 +163,8 @@ class FeaturePass:
         batches = build_indexed_batches(
             pixels,
             shard,
-            rows=self.images_per_call,
-            replicas=replicas,
+            rows_per_batch=self.images_per_call,
+            num_replicas=replicas,
             view=view_settings,
             num_prefetched=num_prefetched,
         )

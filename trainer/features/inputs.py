@@ -62,7 +62,7 @@ def open_inputs(
         network = LiteRTClassifier(classifier, plan.cut(name), feature_pass.convert_trunk([plan.cut(name)]))
 
     def make_scorer(scored: Network) -> Scorer:
-        return Scorer(worker, scored, scorer.sharding, on_wait=scorer.on_wait, rows=scorer.rows)
+        return Scorer(worker, scored, scorer.sharding, on_wait=scorer.on_wait, rows_per_call=scorer.rows_per_call)
 
     if input_kind == "live":
         live_scorer = scorer if network is classifier else make_scorer(network)

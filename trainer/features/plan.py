@@ -145,12 +145,12 @@ def plan_features(
     """
     num_train = dataset.splits["train"].count
     num_validation = dataset.splits["validation"].count if "validation" in dataset.splits else 0
-    per_epoch = count_steps_per_epoch(dataset.splits["train"], config.training.batch_size)
+    steps_per_epoch = count_steps_per_epoch(dataset.splits["train"], config.training.batch_size)
     choices = {}
     for name, phase in config.phases.items():
         if error := config.find_feature_error(name):  # automatic phases were not validated before
             raise error
-        cut, epochs = divisions[name].cut, config.count_phase_steps(phase, per_epoch) / per_epoch
+        cut, epochs = divisions[name].cut, config.count_phase_steps(phase, steps_per_epoch) / steps_per_epoch
         choice = _choose_input(config, phase, cut, epochs, num_train + num_validation, budget)
         if phase.features == "cached" and choice.input_kind != "cached":
             key, fix = f"phases.{name}.features", "use features=auto or live"
@@ -180,13 +180,13 @@ def plan_engines(
         ConfigError: `runtime.trunk_engine` is `litert`, and a phase cannot use LiteRT.
     """
     requested, counts = config.runtime.trunk_engine, {name: split.count for name, split in dataset.splits.items()}
-    per_epoch = count_steps_per_epoch(dataset.splits["train"], config.training.batch_size)
+    steps_per_epoch = count_steps_per_epoch(dataset.splits["train"], config.training.batch_size)
     choices = {}
     for name, phase in config.phases.items():
         if input_kinds[name] == "cached":
             images = counts["train"] * (phase.augmented_views or 1) + counts.get("validation", 0)
         else:
-            images = config.count_phase_steps(phase, per_epoch) * config.training.batch_size
+            images = config.count_phase_steps(phase, steps_per_epoch) * config.training.batch_size
         obstacle = _find_litert_obstacle(config, device, compiled[name])
         if requested == "litert" and obstacle:
             fix = "use auto or tensorflow"

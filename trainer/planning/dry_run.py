@@ -242,11 +242,13 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
         config.data.shard_by, dataset.splits["train"], workers, batch_size, image_cache, {},
         config.training.virtual_replicas,
     )  # fmt: skip
-    epoch_steps = sharding.steps_per_epoch
+    steps_per_epoch = sharding.steps_per_epoch
     replica_batch = max(batch_size // replicas, 1)  # a replica's examples of a global batch
     micro_batch = max(replica_batch // config.training.count_micro_batches(replicas), 1)  # examples per forward pass
-    phases = estimates.plan_phases(config, classifier, epoch_steps, micro_batch)
-    sections.show_phases(plan, config, phases, estimates.count_model_parameters(classifier), epoch_steps, sharding.mode)
+    phases = estimates.plan_phases(config, classifier, steps_per_epoch, micro_batch)
+    sections.show_phases(
+        plan, config, phases, estimates.count_model_parameters(classifier), steps_per_epoch, sharding.mode
+    )
     computations = {}
     with plan.collect_errors():
         computations = plan_computations(config, device, replicas, classifier, dataset, divisions)
@@ -297,11 +299,11 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
         plan.print_section("GPU memory (estimate, per GPU)", rows)
     with plan.collect_errors():
         plan.warnings += estimates.check_worker_memory(config, memory, replicas)
-    plan.warnings += find_dataset_warnings(config, dataset, epoch_steps, plan.labels_known)
+    plan.warnings += find_dataset_warnings(config, dataset, steps_per_epoch, plan.labels_known)
     if not plan.errors and not any(value for _, value in config.debug):  # a trial run needs no estimate of its time
         inputs = {name: (choice, divisions[name]) for name, choice in choices.items()}
         libraries = {name: choice.engine for name, choice in engines.items()}
-        seconds = estimate_time(config, classifier, dataset, inputs, libraries, compiled, epoch_steps)
+        seconds = estimate_time(config, classifier, dataset, inputs, libraries, compiled, steps_per_epoch)
         sections.show_time(plan, seconds, workers * (plan.replicas if has_gpus() else 1))
     max_training_bytes = max(phase.optimizer_bytes + phase.ema_bytes for phase in phases)
     checkpoint_bytes = count_variable_bytes(classifier.variables.values()) + max_training_bytes

@@ -59,13 +59,13 @@ class PhasePlan:
     max_checkpoints: int  # maximum number of checkpoints that the phase saves
 
 
-def plan_phases(config: RunConfig, classifier: Classifier, epoch_steps: int, num_examples: int) -> list[PhasePlan]:
+def plan_phases(config: RunConfig, classifier: Classifier, steps_per_epoch: int, num_examples: int) -> list[PhasePlan]:
     """Plan each phase: its steps, trainable layers and memory.
 
     This freezes and unfreezes layers of `classifier` for each phase in turn; they remain as the last phase sets them.
 
     Args:
-        epoch_steps: number of steps per epoch.
+        steps_per_epoch: number of steps per epoch.
         num_examples: number of examples that a replica processes in one forward pass of training.
 
     Raises:
@@ -73,12 +73,12 @@ def plan_phases(config: RunConfig, classifier: Classifier, epoch_steps: int, num
     """
     plans, precision, virtual_replicas = [], config.runtime.precision, config.training.virtual_replicas
     num_parameters = count_variable_bytes(classifier.variables.values()) // 4  # variables are float32
-    steps_per_save = max(config.runtime.checkpoint_every.steps(epoch_steps, config.training.batch_size), 1)
+    steps_per_save = max(config.runtime.checkpoint_every.steps(steps_per_epoch, config.training.batch_size), 1)
     for name, phase in config.phases.items():
         freezing = set_trainable_layers(
             classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay
         )
-        steps = config.count_phase_steps(phase, epoch_steps)
+        steps = config.count_phase_steps(phase, steps_per_epoch)
         trainable_bytes = count_variable_bytes(freezing.trainable.values())
         trained_bytes, frozen_bytes = estimate_activations(
             classifier, freezing.first_trainable, num_examples, precision, freezing.batch_norm_training
@@ -86,9 +86,11 @@ def plan_phases(config: RunConfig, classifier: Classifier, epoch_steps: int, num
         # Scoring processes the examples of all micro-batches at once.
         scored_examples = get_images_per_call() if virtual_replicas else num_examples * config.training.accumulate
         scoring_bytes = sum(estimate_activations(classifier, None, scored_examples, precision))
-        max_checkpoints = math.ceil(steps / epoch_steps) * max(math.ceil(min(epoch_steps, steps) / steps_per_save), 1)
+        max_checkpoints = math.ceil(steps / steps_per_epoch) * max(
+            math.ceil(min(steps_per_epoch, steps) / steps_per_save), 1
+        )
         plans.append(PhasePlan(
-            name=name, steps=steps, epochs=steps / epoch_steps, freezing=freezing, max_checkpoints=max_checkpoints,
+            name=name, steps=steps, epochs=steps / steps_per_epoch, freezing=freezing, max_checkpoints=max_checkpoints,
             gradient_bytes=trainable_bytes, ema_bytes=trainable_bytes if config.training.ema else 0,
             trainable_parameters=count_parameters(freezing.trainable.values()),
             trained_layers=frozenset(i for i, x in enumerate(classifier.backbone.layers) if x.trainable_weights),

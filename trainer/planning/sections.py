@@ -227,13 +227,18 @@ def show_weights(plan: Plan) -> Rows:
 
 
 def show_phases(
-    plan: Plan, config: RunConfig, phases: list[PhasePlan], num_parameters: int, epoch_steps: int, sharding_mode: str
+    plan: Plan,
+    config: RunConfig,
+    phases: list[PhasePlan],
+    num_parameters: int,
+    steps_per_epoch: int,
+    sharding_mode: str,
 ) -> None:
     """Print a table of the phases.
 
     Args:
         num_parameters: number of all parameters of the model.
-        epoch_steps: number of steps per epoch.
+        steps_per_epoch: number of steps per epoch.
         sharding_mode: unit in which the dataset is sharded over workers, "record" or "file".
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
@@ -245,7 +250,7 @@ def show_phases(
     for phase in phases:
         settings = config.phases[phase.name]
         optimizer, schedule = settings.optimizer, settings.schedule
-        warmup = schedule.warmup.steps(epoch_steps, config.training.batch_size)
+        warmup = schedule.warmup.steps(steps_per_epoch, config.training.batch_size)
         rate = f"{optimizer.learning_rate:g} {schedule.name}" + (f", warm-up {warmup:,}" if warmup else "")
         rate += f", backbone x {settings.backbone_rate:g}" if settings.backbone_rate != 1 else ""
         rate += f", x {settings.layer_decay:g} per block" if settings.layer_decay != 1 else ""
@@ -254,7 +259,7 @@ def show_phases(
         cells = (f"  {phase.name}", *counts, layers, settings.thaw, optimizer.name, rate)
         table.add_row(*(Text(cell) for cell in cells))
     suffix = f"; sharded by {sharding_mode}" if plan.cluster.size > 1 else ""
-    step_counts = f"{sum(phase.steps for phase in phases):,} steps at most, {epoch_steps:,} per epoch{suffix}"
+    step_counts = f"{sum(phase.steps for phase in phases):,} steps at most, {steps_per_epoch:,} per epoch{suffix}"
     summary = f"  {step_counts}; {num_parameters:,} parameters, the head included"
     plan.print(Text("\nphases", style="bold"), table, Text(summary))
 

@@ -48,9 +48,9 @@ def find_run_warnings(
     train, read_once = dataset.splits["train"], images.train_images_read_once
     replica_batch = max(config.training.batch_size // (worker.size * replicas), 1)
     micro_batch = max(replica_batch // config.training.count_micro_batches(worker.size * replicas), 1)
-    epoch_steps = count_steps_per_epoch(train, config.training.batch_size)
+    steps_per_epoch = count_steps_per_epoch(train, config.training.batch_size)
     caches = plan_image_caches(config, dataset, classifier.image_size, train_images_read_once=read_once)
-    phases = plan_phases(config, classifier, epoch_steps, micro_batch)
+    phases = plan_phases(config, classifier, steps_per_epoch, micro_batch)
     uses = estimate_memory(
         classifier, phases, caches, num_examples=replica_batch, num_replicas=replicas, baseline_bytes=baseline_bytes
     )
@@ -65,7 +65,7 @@ def find_run_warnings(
     if not worker.is_chief:
         return []
     device = find_device_warnings(config, detect_device(), count_usable_cpus(), replicas, caches["train"].where)
-    return [*memory, *device, *find_dataset_warnings(config, dataset, epoch_steps), *find_settings_warnings(config)]
+    return [*memory, *device, *find_dataset_warnings(config, dataset, steps_per_epoch), *find_settings_warnings(config)]
 
 
 def find_settings_warnings(config: RequestedConfig) -> list[str]:
@@ -114,12 +114,12 @@ def find_rate_warnings(phases: Mapping[str, Phase]) -> list[str]:
 
 
 def find_dataset_warnings(
-    config: RunConfig, dataset: Dataset, epoch_steps: int, labels_known: bool = True
+    config: RunConfig, dataset: Dataset, steps_per_epoch: int, labels_known: bool = True
 ) -> list[str]:
     """Return the warnings about class balance, the sizes of the splits, and the interval between checkpoints.
 
     Args:
-        epoch_steps: number of steps per epoch.
+        steps_per_epoch: number of steps per epoch.
         labels_known: False if only the metadata of the dataset was read, so that all labels are 0.
     """
     warnings, train = [], dataset.splits["train"]
@@ -129,8 +129,8 @@ def find_dataset_warnings(
         fraction, name = f"{counts[largest] / counts.sum():.0%}", dataset.class_names[largest]
         warnings.append(f"{fraction} of the training examples are {name}: a constant prediction is right {fraction} of "
                         "the time; try training.class_weights=balanced")  # fmt: skip
-    period = config.runtime.checkpoint_every.steps(epoch_steps, config.training.batch_size)
-    steps = {name: config.count_phase_steps(phase, epoch_steps) for name, phase in config.phases.items()}
+    period = config.runtime.checkpoint_every.steps(steps_per_epoch, config.training.batch_size)
+    steps = {name: config.count_phase_steps(phase, steps_per_epoch) for name, phase in config.phases.items()}
     if names := ", ".join(name for name, count in steps.items() if period > count):
         warnings.append(f"runtime.checkpoint_every={period:,} steps is longer than {names}: a stop costs up to all of "
                         "it")  # fmt: skip

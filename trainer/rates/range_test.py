@@ -94,18 +94,15 @@ def require_phase(name: str, phases: Mapping[str, Phase]) -> None:
 
 def use_test_phase(run: RunContext, name: str, bounds: Bounds) -> None:
     """Replace all phases in the configuration of `run` by one: the phase `name`, changed for the test."""
-    num_epoch_steps = count_steps_per_epoch(run.images.dataset.splits["train"], run.config.training.batch_size)
-    phase = make_test_phase(run.config.phases[name], bounds, num_epoch_steps)
+    steps_per_epoch = count_steps_per_epoch(run.images.dataset.splits["train"], run.config.training.batch_size)
+    phase = make_test_phase(run.config.phases[name], bounds, steps_per_epoch)
     debug = run.config.debug.model_copy(update={"max_steps": None})
     run.config = run.images.config = run.config.model_copy(update={"phases": {name: phase}, "debug": debug})
 
 
-def make_test_phase(phase: Phase, bounds: Bounds, per_epoch: int) -> Phase:
-    """Return a copy of a phase that ends when its learning rate has grown from the lowest to the highest of `bounds`.
-
-    `per_epoch` is the number of steps per epoch.
-    """
-    steps_per_decade = count_steps_per_decade(bounds, per_epoch)
+def make_test_phase(phase: Phase, bounds: Bounds, steps_per_epoch: int) -> Phase:
+    """Return a copy of a phase that ends when its learning rate has grown from the lowest to the highest bound."""
+    steps_per_decade = count_steps_per_decade(bounds, steps_per_epoch)
     num_steps = int(np.ceil(np.log10(bounds.highest / bounds.lowest) * steps_per_decade - 1e-9)) + 1
     schedule = Schedule.model_validate({"name": "exponential", "decay": 10.0, "every": f"{steps_per_decade} steps"})
     optimizer = phase.optimizer.model_copy(update={"learning_rate": bounds.lowest})

@@ -154,7 +154,7 @@ def read_thumbnails(pixels: Pixels, indices: np.ndarray, check: Callable[[], Non
     if pixels.shards and len(indices) > FETCH_BATCH:
         index_batches = np.split(indices, range(FETCH_BATCH, len(indices), FETCH_BATCH))
         return np.concatenate([read_thumbnails(pixels, batch_indices, check) for batch_indices in index_batches])
-    batches = build_indexed_batches(pixels, indices, rows=READ_BATCH, replicas=1)
+    batches = build_indexed_batches(pixels, indices, rows_per_batch=READ_BATCH, num_replicas=1)
     stream, gate = iter(batches.dataset), batches.open_gate()
     shape = (len(indices) + READ_BATCH, THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3)  # with the padding of the last batch
     thumbnails = np.zeros(shape, np.uint8)

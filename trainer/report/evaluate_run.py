@@ -78,7 +78,7 @@ def evaluate(
     data = open_data(config, log.info)
     if moved and (list(data.dataset.splits) == ["train"] or moved.data.corrections):
         with suppress(DataError):  # another dataset may be too small to be divided
-            divided_data = open_data(moved, lambda _: None)
+            divided_data = open_data(moved, log_message=lambda _: None)
             data = divided_data if has_fingerprints(divided_data.dataset, run.fingerprint) else data
     dataset = map_to_run_classes(run, data.dataset)
     data = replace(data, dataset=dataset)

@@ -143,7 +143,7 @@ class RunFolder:
             BREAKDOWN_FILE: parse_breakdown,
         }.items():
             try:
-                read_json(self.path / name, parse, "")
+                read_json(self.path / name, parse, fix="")
             except DataError as error:
                 new_name = rename_corrupt_file(self.path / name).name
                 log.info(f"{error.problem}: renamed to {new_name}, and begun anew{_CORRUPTION_EFFECTS[name]}")
@@ -484,7 +484,7 @@ def inspect_folder(config: RequestedConfig) -> tuple[RunConfig | None, dict[str,
     folder = storage_path(config.output_dir or "")
     _, resumed = check_folder(config, str(config.output_dir), _read_contents(folder))
     with suppress(DataError):
-        return resumed, read_json(folder / RUN_JSON, parse_run_json, "") or {} if resumed else {}
+        return resumed, read_json(folder / RUN_JSON, parse_run_json, fix="") or {} if resumed else {}
     return resumed, {}
 
 
@@ -568,12 +568,17 @@ def _get_local_folder(config: RequestedConfig, address: str) -> Path:
 
 
 def resolve_auto_once(
-    config: RequestedConfig, folder: RunFolder, control: ControlChannel, dataset: Dataset, device: Device, replicas: int
+    config: RequestedConfig,
+    folder: RunFolder,
+    control: ControlChannel,
+    dataset: Dataset,
+    device: Device,
+    num_replicas: int,
 ) -> tuple[RunConfig, list[str]]:
     """Resolve the `auto` values on the chief, and broadcast them. All workers must call this.
 
     A resumed run uses the values of its earlier starts. A new run chooses them for the dataset, the device, and
-    `replicas`, the number of replicas on all workers.
+    `num_replicas`, the number of replicas on all workers.
 
     Returns:
         The configuration, equal on all workers, and a line with the reason for each chosen value.
@@ -582,7 +587,7 @@ def resolve_auto_once(
     def choose() -> tuple[dict[str, Any], list[str]]:
         earlier_config = folder.config if folder.resuming and isinstance(folder.config, RunConfig) else None
         num_images, num_classes = dataset.splits["train"].count, len(dataset.class_names)
-        chosen, reasons = resolve_auto(config, num_images, num_classes, device, earlier_config, replicas)
+        chosen, reasons = resolve_auto(config, num_images, num_classes, device, earlier_config, num_replicas)
         return chosen.model_dump(mode="json"), reasons
 
     if isinstance(config, RunConfig):

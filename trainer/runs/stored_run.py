@@ -53,7 +53,7 @@ def read_run(address: str) -> tuple[StoragePath, dict[str, Any], dict[str, Any]]
         fix = "restore the file, or give another run"
         raise ConfigError(f"its config.yaml {error.problem}", key="run", value=address, fix=fix) from None
     try:
-        run_json = read_json(folder / "run.json", _parse_run_json, "")
+        run_json = read_json(folder / "run.json", _parse_run_json, fix="")
     except DataError:
         run_json = None
     if run_json is None:
@@ -138,7 +138,7 @@ def find_checkpoint(run: StoredRun, selector: str) -> StoragePath:
 def _read_phases(run: StoredRun) -> dict[str, Any]:
     """Read the phase summaries in a run's report, by phase; {} if it does not exist or is corrupt, which is logged."""
     try:
-        return read_json(run.folder / "report" / "report.json", _parse_phases, "") or {}
+        return read_json(run.folder / "report" / "report.json", _parse_phases, fix="") or {}
     except DataError as error:
         log.info(f"{error.problem}; the summary of the phases is that of the checkpoint")
         return {}
