@@ -62,7 +62,8 @@ def main() -> None:
         configure_log(config.runtime)
         cluster = discover(environment)
         listener = start_monitoring(config, cluster.index, cluster.size)
-        stop, last_check = StopFlag(), time.monotonic()
+        stop = StopFlag()
+        last_check = time.monotonic()
 
         def check_cancelled() -> None:
             """Raise StopRequested after a stop request, or `Finished` if the run is finished."""

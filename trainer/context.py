@@ -337,8 +337,10 @@ def score_validation(
 
 def require_plausible_losses(run: RunContext, current: PhaseRun, losses: dict[str, float]) -> None:
     """Raise `Diverged` if one of the mean losses (by name) is not finite, or too large for a classifier that learns."""
-    state, num_classes = run.state, len(run.images.dataset.class_names)
-    settings, epoch = current.step.settings, state.epoch + 1
+    state = run.state
+    num_classes = len(run.images.dataset.class_names)
+    settings = current.step.settings
+    epoch = state.epoch + 1
     require_plausible(losses, settings, num_classes=num_classes, step=state.step, phase=current.name, epoch=epoch)
 
 

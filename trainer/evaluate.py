@@ -94,7 +94,8 @@ def apply_changes(run_config: dict[str, Any], changes: list[str]) -> tuple[RunCo
     run_limits = {key: run_data[key] for key in limits if key in run_data}
     moved_config: RunConfig | None = validate_resolved_config(run_config | {"data": run_config["data"] | run_limits})
     if not limits.keys() >= FRACTIONS:  # the changes set a fraction; the other fraction remains the run's
-        moved_config, limits = None, {key: value for key, value in limits.items() if key not in FRACTIONS}
+        moved_config = None
+        limits = {key: value for key, value in limits.items() if key not in FRACTIONS}
     debug = run_config["debug"] | ({} if "debug.max_examples" in keys else {"max_examples": None})
     return validate_resolved_config(run_config | {"data": run_config["data"] | limits, "debug": debug}), moved_config
 

@@ -98,7 +98,8 @@ def _write_weights(names: str, output: str) -> None:
 
     with health.waiting_for("Keras, which downloads weights"):  # it reports no progress
         files = prepare_weights(parse_backbones(names, "weights"), output, log.info)
-    file_count, argument = format_count(len(files), "file"), format_argument("model.weights", output)
+    file_count = format_count(len(files), "file")
+    argument = format_argument("model.weights", output)
     outcome = f"{output} holds {file_count} of weights; train with them: {argument}"
     log.info(outcome)
     termination.set_success_message(outcome)

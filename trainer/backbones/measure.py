@@ -158,7 +158,8 @@ def _train_head(backbone: FrozenBackbone, features: Features) -> TrainingStep:
     """Train the head for the full length of the phase. Return the training step, which has the EMA weights."""
     config, worker, strategy = backbone.config, backbone.worker, backbone.worker.strategy
     ((phase_name, phase),) = config.phases.items()
-    batch_size, split = config.training.batch_size, features.split
+    batch_size = config.training.batch_size
+    split = features.split
     steps_per_epoch = count_steps_per_epoch(split, batch_size)
     total_steps = config.count_phase_steps(phase, steps_per_epoch)
     if len(features.unreadable) == split.count:
@@ -200,7 +201,8 @@ def measure_size_and_speed(backbone: FrozenBackbone, machine: str) -> Measuremen
     Raises:
         StopRequested: after a signal.
     """
-    classifier, batch_size = backbone.classifier, get_images_per_call()
+    classifier = backbone.classifier
+    batch_size = get_images_per_call()
     trunk = Trunk(classifier, [backbone.cut])
 
     @tf.function(autograph=False)

@@ -154,7 +154,8 @@ def describe(rows: Sequence[Row], facts: ComparisonFacts) -> list[str]:
         f"{settings.optimizer.learning_rate:g}; {facts.machine}",
     ]
     if len(rows) > 1:
-        cheapest, not_worse = find_fastest(rows), [row for row in rows[1:] if not row.is_worse]
+        cheapest = find_fastest(rows)
+        not_worse = [row for row in rows[1:] if not row.is_worse]
         if not_worse:
             sentences.append(f"no significant difference from the best: {', '.join(row.label for row in not_worse)}")
             sentences.append(f"the fastest of these, with batches of one image: {cheapest.label}")

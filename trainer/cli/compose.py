@@ -170,7 +170,8 @@ def _remove_cfg_job(arguments: list[str]) -> tuple[list[str], bool]:
 
     Returns the arguments, and whether `--cfg job` was removed.
     """
-    other_arguments, has_cfg_job = [], False
+    other_arguments = []
+    has_cfg_job = False
     for previous, argument in zip(["", *arguments], arguments, strict=False):
         has_cfg_job |= argument in ("--cfg=job", "-c=job") or (argument == "job" and previous in ("--cfg", "-c"))
         if argument not in ("--cfg", "-c", "--cfg=job", "-c=job", "--resolve") and previous not in ("--cfg", "-c"):

@@ -60,8 +60,8 @@ def translate_overrides(arguments: Sequence[str], is_sweep: bool = False) -> lis
             option nor KEY=VALUE, its value cannot be parsed, or it has several values without `is_sweep`.
     """
     overrides: list[str] = []
-    # Number of following arguments that are the last option's value; long option -> option as the user wrote it.
-    num_values_left, options = 0, {}
+    num_values_left = 0  # number of following arguments that are the last option's value
+    options: dict[str, str] = {}  # long option -> option as the user wrote it
     for index, argument in enumerate(arguments):
         if num_values_left:
             num_values_left -= 1
@@ -180,7 +180,8 @@ def map_argument_values(arguments: Sequence[str]) -> dict[str, str]:
 
 def split_elements(text: str) -> list[str]:
     """Split a list in text form at its commas, except those in quotes or brackets: `a, "b,c"` -> ["a", ' "b,c"']."""
-    elements, start = [], 0
+    elements = []
+    start = 0
     while True:
         match = _ELEMENT.match(text, start)
         assert match, "the pattern matches nothing as well"
@@ -219,7 +220,8 @@ def parse_names(value: Any, key: str) -> Any:
     if not isinstance(value, str) or not re.fullmatch(r"\{.*\}", value, re.S):
         return value
     display_names: dict[str, str] = {}
-    items, position = value[1:-1], 0
+    items = value[1:-1]
+    position = 0
     while remaining_items := items[position:].strip():
         pair = _PAIR.match(items, position)
         if not pair:

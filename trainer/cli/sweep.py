@@ -71,7 +71,8 @@ def serialize_job(name: str, hparams: dict[str, Value], scores: dict[str, float]
     from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2, summary_v2
     from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 
-    status, now = api_pb2.STATUS_SUCCESS if succeeded else api_pb2.STATUS_FAILURE, time.time()
+    status = api_pb2.STATUS_SUCCESS if succeeded else api_pb2.STATUS_FAILURE
+    now = time.time()
     end_summary = make_session_end_summary(plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=now))
     start_summary = summary_v2.hparams_pb(hparams, trial_id=name, start_time_secs=now)
     return _serialize_events([start_summary, *(scalar_pb(tag, score) for tag, score in scores.items()), end_summary])
@@ -82,7 +83,8 @@ def _serialize_events(summaries: list[Summary]) -> bytes:
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    file, now = io.BytesIO(), time.time()
+    file = io.BytesIO()
+    now = time.time()
     writer = RecordWriter(file)
     for event in [Event(file_version="brain.Event:2"), *(Event(summary=summary) for summary in summaries)]:
         event.wall_time = now

@@ -130,7 +130,9 @@ def choose_devices(runtime: Runtime, num_workers: int) -> tuple[str, int]:
 
 def describe_devices(device: Device, count: int, cluster: Cluster, config: RunConfig) -> str:
     """Describe each worker's `count` devices and the precision; with several replicas, also their batch size."""
-    batch_size, precision, num_replicas = config.training.batch_size, config.runtime.precision, count * cluster.size
+    batch_size = config.training.batch_size
+    precision = config.runtime.precision
+    num_replicas = count * cluster.size
     if num_replicas == 1:
         return f"device: {device.describe()}, {precision}"
     description = device.describe(count)

@@ -93,7 +93,8 @@ def parse_unread_messages(received: bytes) -> list[dict[str, Any]]:
     `received` can start in the middle of a message, if the process has read its first bytes, and can end in the middle
     of another message. Incomplete headers are skipped.
     """
-    headers, offset = [], received.find(MAGIC)
+    headers = []
+    offset = received.find(MAGIC)
     with contextlib.suppress(ValueError):  # the process may have read the prefix of a message, but not its header
         first_header, _ = json.JSONDecoder().raw_decode(received[: max(offset, 0) or None].decode())
         headers += [first_header] if isinstance(first_header, dict) else []

@@ -108,7 +108,8 @@ def limit_batch_size(config: RunConfig, num_images: int, num_replicas: int) -> t
     Returns:
         The configuration, and a message for the log, or "" if the batch size has not changed.
     """
-    training, multiple = config.training, compute_batch_size_multiple(config, num_replicas)
+    training = config.training
+    multiple = compute_batch_size_multiple(config, num_replicas)
     max_batch_size = -(-num_images // multiple) * multiple
     if training.batch_size <= max_batch_size:
         return config, ""
@@ -137,7 +138,8 @@ def _choose_phases(config: RequestedConfig, num_images: int, num_classes: int) -
     """
     if not isinstance(config.phases, AutoPhases):
         return config.phases, "", ""
-    phase_table, has_few_images = config.phases.auto, num_images < max(FEW_IMAGES, FEW_PER_CLASS * num_classes)
+    phase_table = config.phases.auto
+    has_few_images = num_images < max(FEW_IMAGES, FEW_PER_CLASS * num_classes)
     row_name = f"{'few' if has_few_images else 'many'}_{phase_table.domain or 'similar'}"
     phases: dict[str, Phase] = getattr(phase_table, row_name)
     names = ", ".join(f"{name} ({phase.thaw})" for name, phase in phases.items())

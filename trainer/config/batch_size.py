@@ -88,7 +88,8 @@ def estimate_gpu_bytes(config: RunConfig, footprint: Footprint) -> tuple[int, in
         values_per_pixel = (
             footprint.trained_norm if any(phase.batch_norm == "train" for phase in thawed_phases) else footprint.trained
         )
-    pixels, width = (config.model.image_size or footprint.side) ** 2, config.model.alpha or 1.0
+    pixels = (config.model.image_size or footprint.side) ** 2
+    width = config.model.alpha or 1.0
     bytes_per_image = pixels * (
         values_per_pixel * width * BYTES_PER_VALUE[config.runtime.precision] + 3 * IMAGE_BYTES_PER_VALUE
     )

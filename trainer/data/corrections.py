@@ -132,7 +132,8 @@ def _correct_split(split: Split, targets: dict[tuple[str, int], str | None], lab
 
     `targets` maps an example's split name and index to the example's new class, or to None to exclude the example.
     """
-    new_labels, is_included = split.labels.copy(), np.ones(split.count, bool)
+    new_labels = split.labels.copy()
+    is_included = np.ones(split.count, bool)
     for (name, index), class_name in targets.items():
         if name == split.name and class_name is None:
             is_included[index] = False

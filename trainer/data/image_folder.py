@@ -261,7 +261,8 @@ def find_image_files(
     Raises:
         OSError: a folder cannot be listed.
     """
-    image_paths, visited_folders = [], set()
+    image_paths = []
+    visited_folders = set()
 
     def reraise(error: OSError) -> None:
         raise error

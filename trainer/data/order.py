@@ -207,7 +207,8 @@ def make_sequence_blocks(
     if split.shards:  # a block reads all records from its first to its last one, even if it uses few of them
         record_edges = np.arange(0, split.count + MAX_BLOCK_RECORDS, MAX_BLOCK_RECORDS)
         edges = np.unique(np.searchsorted(indices, record_edges)).astype(np.int64)
-    records, zero = _ShardRecords(split), tf.zeros([], tf.int64)
+    records = _ShardRecords(split)
+    zero = tf.zeros([], tf.int64)
 
     def compute_block(block_index: tf.Tensor) -> Block:
         first, last = tf.gather(tf.constant(edges), block_index), tf.gather(tf.constant(edges), block_index + 1)

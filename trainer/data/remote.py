@@ -180,7 +180,8 @@ def _open_shard_cache(
     prepared = find_prepared_files(address)
     if prepared is None:
         return None
-    cache_folder, check_address = runtime.cache_folder, partial(check_stop, address)
+    cache_folder = runtime.cache_folder
+    check_address = partial(check_stop, address)
     budget, _ = choose_disk_budget(runtime.disk_budget, cache_folder)
     cache = ShardCache(address, prepared.shards, cache_folder, budget, log_message, check_address, prepared.metadata)
     download_missing_files(address, prepared.metadata, cache.folder, log_message, check_address)

@@ -111,7 +111,8 @@ def _describe_checkpoint(address: str, home: StoragePath) -> TeacherFiles:
     except CONTENT_ERRORS:
         raise DataError(f"{folder} or run.json is corrupt", key=KEY, value=address, fix=fix) from None
     identity = json.dumps([manifest, settings.model.model_dump()], sort_keys=True)
-    fingerprint, sizes = hashlib.sha256(identity.encode()).hexdigest()[:16], {"variables.npz": size}
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    sizes = {"variables.npz": size}
     return TeacherFiles(address, folder, classes, fingerprint, sizes, settings.model)
 
 

@@ -96,7 +96,8 @@ class Predictor:
             The predictions, without those for padding.
         """
         chunks: list[Predictions] = []
-        stream, local_results = iter(batches), self.strategy.experimental_local_results
+        stream = iter(batches)
+        local_results = self.strategy.experimental_local_results
         for i in range(count):
             health.record_progress(i, count)
             if not is_ready():

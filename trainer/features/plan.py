@@ -150,7 +150,8 @@ def plan_features(
     for name, phase in config.phases.items():
         if error := config.find_feature_error(name):  # automatic phases were not validated before
             raise error
-        cut, epochs = divisions[name].cut, config.count_phase_steps(phase, steps_per_epoch) / steps_per_epoch
+        cut = divisions[name].cut
+        epochs = config.count_phase_steps(phase, steps_per_epoch) / steps_per_epoch
         choice = _choose_input(config, phase, cut, epochs, num_train + num_validation, budget)
         if phase.features == "cached" and choice.input_kind != "cached":
             key, fix = f"phases.{name}.features", "use features=auto or live"
@@ -179,7 +180,8 @@ def plan_engines(
     Raises:
         ConfigError: `runtime.trunk_engine` is `litert`, and a phase cannot use LiteRT.
     """
-    requested, counts = config.runtime.trunk_engine, {name: split.count for name, split in dataset.splits.items()}
+    requested = config.runtime.trunk_engine
+    counts = {name: split.count for name, split in dataset.splits.items()}
     steps_per_epoch = count_steps_per_epoch(dataset.splits["train"], config.training.batch_size)
     choices = {}
     for name, phase in config.phases.items():

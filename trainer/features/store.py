@@ -223,7 +223,8 @@ def open_features(features: Features, file: Path, memory_budget: int | None, dis
 def _load_rows(features: Features) -> None:
     """Mark rows on disk that match their checksums as stored, and copy them to `features.array` unless it is None."""
     assert features.file
-    corrupt_blocks, rows_per_view = set[tuple[int, int, int]](), features.split.count + 1
+    corrupt_blocks = set[tuple[int, int, int]]()
+    rows_per_view = features.split.count + 1
     with open(features.file.with_suffix(".rows"), "rb") as rows_file:
         for line in features.file.with_suffix(".list").read_text(errors="replace").splitlines():
             try:

@@ -230,7 +230,9 @@ def build_classifier(config: ModelConfig, class_count: int, seed: int) -> Classi
         # a resumed run would differ from an uninterrupted one.
         if isinstance(layer, keras.layers.Dropout):
             layer.rate = 0.0
-    hidden, num_inputs, units = [], backbone.output_shape[-1], config.hidden_units
+    hidden = []
+    num_inputs = backbone.output_shape[-1]
+    units = config.hidden_units
     for i, name in enumerate(_name_hidden_layers(len(units))):
         layer_seed = seed if i == 0 else seed + 1 + i  # the output layer has seed + 1
         activation = None if config.hidden_batch_norm else "relu"

@@ -61,7 +61,8 @@ def show_run(plan: Plan, arguments: list[str], plot: Path | None, summary: bool)
 
 def _show_teacher(plan: Plan, arguments: list[str], summary: bool) -> Plan | None:
     """Print the plan of the run that trains the teacher, and return it; None if the teacher need not be trained."""
-    config, is_needed = plan.config, False
+    config = plan.config
+    is_needed = False
     teacher = derive_teacher_config(config)
     if teacher:
         with suppress(ConfigError):  # `show_configuration` reports errors in output_dir
@@ -224,7 +225,9 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     is_auto_backbone = plan.config.model.backbone == "auto"
     plan.config = config
     weights_rows = sections.show_weights(plan) if is_auto_backbone else []  # otherwise `show_storage` has printed them
-    backbone, workers, batch_size = find_backbone(config.model.backbone), plan.cluster.size, config.training.batch_size
+    backbone = find_backbone(config.model.backbone)
+    workers = plan.cluster.size
+    batch_size = config.training.batch_size
     image_size = config.model.image_size or backbone.default_size
     baseline_bytes = estimates.measure_resident_bytes()
     skips_weights = plan.resuming or config.model.weights == "imagenet" or is_remote(config.model.weights)
@@ -312,7 +315,8 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
 
 def _describe_model(config: RunConfig, classifier: Classifier, num_classes: int) -> Rows:
     """Return rows about the backbone, the image size and the head."""
-    backbone, head_size = classifier.backbone, count_parameters(classifier.head_variables.values())
+    backbone = classifier.backbone
+    head_size = count_parameters(classifier.head_variables.values())
     widths = " -> ".join(f"{n:,}" for n in (backbone.output_shape[-1], *config.model.hidden_units, num_classes))
     norm = " with batch normalization" if classifier.head_normalizations else ""
     size = f"{estimates.count_model_parameters(classifier) - head_size:,} parameters in {len(backbone.layers)} layers"

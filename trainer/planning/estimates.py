@@ -71,7 +71,9 @@ def plan_phases(config: RunConfig, classifier: Classifier, steps_per_epoch: int,
     Raises:
         ModelError: a thaw rule cannot be applied.
     """
-    plans, precision, virtual_replicas = [], config.runtime.precision, config.training.virtual_replicas
+    plans = []
+    precision = config.runtime.precision
+    virtual_replicas = config.training.virtual_replicas
     num_parameters = count_variable_bytes(classifier.variables.values()) // 4  # variables are float32
     steps_per_save = max(config.runtime.checkpoint_every.steps(steps_per_epoch, config.training.batch_size), 1)
     for name, phase in config.phases.items():
@@ -133,7 +135,8 @@ def estimate_activations(
     Returns:
         The bytes of the layers from `first_trainable` up, and the bytes of the layers below it.
     """
-    pairs, is_training = find_foldable_pairs(classifier.backbone), first_trainable is not None
+    pairs = find_foldable_pairs(classifier.backbone)
+    is_training = first_trainable is not None
     folded = {norm.name for _, norm in pairs if not (is_training and norm.trainable)}
 
     def output_bytes(layer: keras.Layer) -> int:
@@ -242,7 +245,8 @@ def check_device_memory(
         ConfigError: the uses exceed `ESTIMATE_TOLERANCE` times the limit. Its `fix` suggests the largest batch size
             that fits, or another cache for decoded images.
     """
-    total_bytes, batch_size = sum(count for _, count in uses), config.training.batch_size
+    total_bytes = sum(count for _, count in uses)
+    batch_size = config.training.batch_size
     if total_bytes <= limit:
         return ""
     batch_bytes = sum(count for name, count in uses if name in (ACTIVATIONS, BATCHES, TEACHER[1]))

@@ -190,7 +190,9 @@ def show_storage(plan: Plan, problem: str) -> None:
     Args:
         problem: why the dataset could not be opened; "" if it was opened, or would first be staged.
     """
-    config, dataset, read_result = plan.config, plan.dataset, problem or "not on this machine yet"
+    config = plan.config
+    dataset = plan.dataset
+    read_result = problem or "not on this machine yet"
     if dataset or plan.bytes_to_stage:
         if plan.bytes_to_stage:
             path = min((file for file in plan.to_stage if file.size), key=lambda file: file.size).path
@@ -207,7 +209,8 @@ def show_storage(plan: Plan, problem: str) -> None:
         rows.append(("warm start", plan.check(lambda: checks.describe_warm_start(str(config.warm_start)))))
     if config.distillation:
         address = locate_teacher(config.distillation.teacher, str(config.output_dir))
-        classes, teacher_text = dataset.class_names if dataset else None, "trained first, as above"
+        classes = dataset.class_names if dataset else None
+        teacher_text = "trained first, as above"
         if not plan.untrained_teacher:
             teacher_text = plan.check(lambda: checks.check_teacher(address, classes).summary)
         rows.append(("teacher", teacher_text))
@@ -295,7 +298,8 @@ def show_bytes(
         model_bytes: size of the exported model in float32.
     """
     assert plan.dataset
-    config, num_epochs = plan.config, sum(int(np.ceil(phase.epochs)) for phase in phases)
+    config = plan.config
+    num_epochs = sum(int(np.ceil(phase.epochs)) for phase in phases)
     passes = {name: 1 if caches[name].where != "none" or name == "test" else num_epochs for name in caches}
     num_bytes_read = sum(
         estimate_split_bytes(split) * passes[name] for name, split in plan.dataset.splits.items() if name in passes
@@ -303,7 +307,8 @@ def show_bytes(
     staging_note = f"; {format_bytes(plan.bytes_to_stage)} from the bucket, once" if plan.bytes_to_stage else ""
     num_saves = sum(phase.max_checkpoints for phase in phases)
     num_stored = config.runtime.keep_checkpoints + len(phases)
-    formats, stored_text = config.export.formats, f"{num_stored} at once, {format_bytes(num_stored * checkpoint_bytes)}"
+    formats = config.export.formats
+    stored_text = f"{num_stored} at once, {format_bytes(num_stored * checkpoint_bytes)}"
     plan.print_section("bytes", [
         ("read", f"{format_bytes(num_bytes_read or plan.bytes_to_stage)} of images{staging_note}"),
         ("checkpoints", f"up to {num_saves:,} of {format_bytes(checkpoint_bytes)}; {stored_text}"),

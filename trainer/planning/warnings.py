@@ -44,8 +44,11 @@ def find_run_warnings(
     Raises:
         ConfigError: the run does not fit into the memory of this worker.
     """
-    config, dataset, replicas = images.config, images.dataset, worker.replicas
-    train, read_once = dataset.splits["train"], images.train_images_read_once
+    config = images.config
+    dataset = images.dataset
+    replicas = worker.replicas
+    train = dataset.splits["train"]
+    read_once = images.train_images_read_once
     replica_batch = max(config.training.batch_size // (worker.size * replicas), 1)
     micro_batch = max(replica_batch // config.training.count_micro_batches(worker.size * replicas), 1)
     steps_per_epoch = count_steps_per_epoch(train, config.training.batch_size)
@@ -122,7 +125,8 @@ def find_dataset_warnings(
         steps_per_epoch: number of steps per epoch.
         labels_known: False if only the metadata of the dataset was read, so that all labels are 0.
     """
-    warnings, train = [], dataset.splits["train"]
+    warnings = []
+    train = dataset.splits["train"]
     counts = np.bincount(train.labels, minlength=len(dataset.class_names))
     largest = int(counts.argmax())
     if labels_known and counts[largest] > DOMINANT_FRACTION * counts.sum() and len(counts) > 1:

@@ -65,9 +65,11 @@ def predict_images(
     Raises:
         Interrupted: the images' bucket does not respond.
     """
-    rows, width = get_images_per_call(), len(model.class_names)
+    rows = get_images_per_call()
+    width = len(model.class_names)
     probabilities = np.full((len(images), width), np.nan, np.float32)
-    distances, errors = np.full(len(images), np.nan), [""] * len(images)
+    distances = np.full(len(images), np.nan)
+    errors = [""] * len(images)
 
     def load(image: ImageFile) -> Any:
         content = read_image(image)

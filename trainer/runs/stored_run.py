@@ -193,7 +193,8 @@ def open_classifier(run: StoredRun, checkpoint: LoadedCheckpoint) -> Classifier:
     from trainer.cluster.devices import DTYPE_POLICIES
 
     keras.config.set_dtype_policy(DTYPE_POLICIES[run.config.runtime.precision])
-    num_classes, source = len(run.class_names), f"checkpoint step {checkpoint.step}"
+    num_classes = len(run.class_names)
+    source = f"checkpoint step {checkpoint.step}"
     return rebuild_classifier(run.config.model, num_classes, run.config.seed, checkpoint.values, source)
 
 

@@ -225,7 +225,8 @@ def download_missing_files(
         Interrupted: the bucket does not respond.
         OSError: a copy cannot be written.
     """
-    versions, missing = _read_versions(folder) or {}, select_missing(folder, infos)
+    versions = _read_versions(folder) or {}
+    missing = select_missing(folder, infos)
     if not missing:
         log_message(f"{address}: all files are already in {folder}")
         return
