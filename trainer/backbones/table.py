@@ -140,7 +140,7 @@ def format_table(rows: Sequence[Row]) -> list[str]:
                  f"{_format_3_digits(costs.parameters / 1e6)}M", _format_3_digits(costs.bytes / 1e6),
                  _format_3_digits(costs.single_ms), _format_3_digits(costs.batch_ms), f"{row.train_seconds:.0f}s",
                  p)  # fmt: skip
-        lines.append(line(row.label + " *" * row.is_random, cells))
+        lines.append(line(f"{row.label} *" if row.is_random else row.label, cells))
     return lines
 
 

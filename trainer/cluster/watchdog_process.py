@@ -156,7 +156,7 @@ class _Watchdog:
             return
         self.respond()
         peers = [self.observe(index) for index in decode_indices(self.state["watched"])]
-        signums = _peek(self.signals, 16)
+        signums = _peek(self.signals, size=16)
         signal_name = next((signal.Signals(n).name for n in signums if n in (signal.SIGTERM, signal.SIGINT)), None)
         observation = Observation(self.seconds, self.state["limit"], self.state["activity"], signal_name, peers)
         if reason := decide_end_reason(observation):

@@ -274,9 +274,9 @@ def _iterate_decoded(
 
     A batch has `batch_size` images, the last one perhaps fewer. `reader`: name of this pipeline in the shard cache.
     """
-    num_blocks, block = make_sequence_blocks(pixels.split, indices, 1)
+    num_blocks, block = make_sequence_blocks(pixels.split, indices, batch_size=1)
     gate = pixels.open_gate(
-        reader, compute_block_shards(block, num_blocks), compute_max_rows_ahead(batch_size, pixels.parallel, 2)
+        reader, compute_block_shards(block, num_blocks), compute_max_rows_ahead(batch_size, pixels.parallel, elements=2)
     )
     images = build_row_dataset(pixels, block, num_blocks).map(without_autograph(lambda row: row["image"]))
     batches = iter(images.batch(batch_size).prefetch(2))

@@ -159,10 +159,13 @@ def build_training_batches(
     # each step.
     assert_infinite = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
     if len(blocks) == 1:
-        batches = _build_batches(source, blocks[0], None, rows_per_element)
+        batches = _build_batches(source, blocks[0], num_blocks=None, batch_size=rows_per_element)
     else:
         parts = tf.data.Dataset.zip(
-            tuple(_build_batches(source, block, None, part_orders[0].rows_per_worker) for block in blocks)
+            tuple(
+                _build_batches(source, block, num_blocks=None, batch_size=part_orders[0].rows_per_worker)
+                for block in blocks
+            )
         )
         batches = parts.map(_concatenate).rebatch(rows_per_element, drop_remainder=True)
     dataset, max_rows_ahead = _prefetch(
@@ -172,11 +175,11 @@ def build_training_batches(
 
     def open_gate() -> ShardGate | ShardGates:
         if len(blocks) == 1:
-            return source.open_gate("training", compute_block_shards(blocks[0], None), max_rows_ahead)
+            return source.open_gate("training", compute_block_shards(blocks[0], count=None), max_rows_ahead)
         names = [f"training, part {part.sharding.worker_index}" for part in part_orders]
         return ShardGates(
             [
-                source.open_gate(n, compute_block_shards(b, None), max_rows_ahead)
+                source.open_gate(n, compute_block_shards(b, count=None), max_rows_ahead)
                 for n, b in zip(names, blocks, strict=True)
             ]
         )

@@ -184,7 +184,7 @@ def record_exports(run: StoredRun, folder: Path, in_run: bool, exports: dict[str
         delete_temporary_files(
             report_path.parent
         )  # temporary files of a killed export, not deleted by `export_formats`
-    report = read_json_or_default(report_path, _parse_report, {}) if in_run else {}
+    report = read_json_or_default(report_path, _parse_report, default={}) if in_run else {}
     if not report:
         if in_run and report_path.exists():
             log.info(f"{report_path} is corrupt: it is not updated; the scores are in {folder}/export.json")

@@ -19,7 +19,7 @@ from trainer.data.host import allocate_array, count_usable_cpus
 from trainer.data.images import wrap_array
 from trainer.data.order import BlockShards
 from trainer.data.shard_gate import ShardGate
-from trainer.errors import DataError
+from trainer.errors import DataError, format_count
 from trainer.runs.checkpoints import crc32c_hex
 from trainer.storage.small_files import CONTENT_ERRORS
 from trainer.types import LogMessage, Split
@@ -55,7 +55,7 @@ class Features:
     @property
     def row_bytes(self) -> int:
         """Size of one example's features in one view, in bytes."""
-        return count_feature_bytes(self.shape, self.dtype, 1, 1)
+        return count_feature_bytes(self.shape, self.dtype, num_views=1, num_examples=1)
 
     @property
     def location(self) -> str:
@@ -251,7 +251,7 @@ def _load_rows(features: Features) -> None:
                     values = np.frombuffer(content, STORED_DTYPES[features.dtype]).reshape(count, *features.shape)
                     features.array[start : start + count] = values
     if corrupt_blocks:
-        blocks = f"{len(corrupt_blocks)} block{'s' * (len(corrupt_blocks) > 1)}"
+        blocks = format_count(len(corrupt_blocks), "block")
         features.log_message(f"{blocks} of {features.file}.rows corrupt; computing the features again")
 
 

@@ -239,7 +239,7 @@ def build_classifier(config: ModelConfig, class_count: int, seed: int) -> Classi
         dense = _build_dense(units[i], num_inputs, name, layer_seed, activation)
         hidden.append(HiddenLayer(dense, _build_norm(units[i], f"{name}_norm") if config.hidden_batch_norm else None))
         num_inputs = units[i]
-    output = _build_dense(class_count, num_inputs, "output", seed + 1, None)
+    output = _build_dense(class_count, num_inputs, "output", seed + 1, activation=None)
     return Classifier(
         spec, backbone, tuple(hidden), output,
         pooling=config.pooling, dropout=config.dropout, l2=config.l2, image_size=image_size,

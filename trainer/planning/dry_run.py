@@ -72,7 +72,7 @@ def _show_teacher(plan: Plan, arguments: list[str], summary: bool) -> Plan | Non
     teacher_plan = Plan(teacher, plan.cluster)
     plan.print(Text("the teacher, trained first", style="bold reverse"))
     with rename_teacher_keys():
-        show_run(teacher_plan, arguments, None, summary)
+        show_run(teacher_plan, arguments, plot=None, summary=summary)
     plan.errors += [prefix_teacher_key(error) for error in teacher_plan.errors]
     plan.untrained_teacher = teacher_plan.config
     plan.print(Text("\nthe student, trained after it", style="bold reverse"))
@@ -220,7 +220,8 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     if reasons := reasons or plan.reasons:
         plan.print_section("advice", [("auto", reason) for reason in reasons])
     config, limit_warning = limit_batch_size(config, num_train, replicas)
-    plan.warnings += [limit_warning] * bool(limit_warning)
+    if limit_warning:
+        plan.warnings.append(limit_warning)
     check_batch_size(config, replicas)
     is_auto_backbone = plan.config.model.backbone == "auto"
     plan.config = config
@@ -242,8 +243,8 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     caches = plan_image_caches(config, dataset, image_size, train_images_read_once=read_once)
     image_cache = "features" if read_once else caches["train"].where
     sharding = plan_sharding(
-        config.data.shard_by, dataset.splits["train"], workers, batch_size, image_cache, {},
-        config.training.virtual_replicas,
+        config.data.shard_by, dataset.splits["train"], workers, batch_size, image_cache, checkpoint={},
+        virtual_replicas=config.training.virtual_replicas,
     )  # fmt: skip
     steps_per_epoch = sharding.steps_per_epoch
     replica_batch = max(batch_size // replicas, 1)  # a replica's examples of a global batch

@@ -87,7 +87,9 @@ def plan_phases(config: RunConfig, classifier: Classifier, steps_per_epoch: int,
         )
         # Scoring processes the examples of all micro-batches at once.
         scored_examples = get_images_per_call() if virtual_replicas else num_examples * config.training.accumulate
-        scoring_bytes = sum(estimate_activations(classifier, None, scored_examples, precision))
+        scoring_bytes = sum(
+            estimate_activations(classifier, first_trainable=None, num_examples=scored_examples, precision=precision)
+        )
         max_checkpoints = math.ceil(steps / steps_per_epoch) * max(
             math.ceil(min(steps_per_epoch, steps) / steps_per_save), 1
         )
@@ -221,7 +223,11 @@ def estimate_teacher_memory(
     """
     if not every_step:
         return [("its logits", 4 * num_label_values)]
-    activations = sum(estimate_activations(classifier, None, num_examples, precision)) if classifier else 0
+    activations = 0
+    if classifier:
+        activations = sum(
+            estimate_activations(classifier, first_trainable=None, num_examples=num_examples, precision=precision)
+        )
     return [(TEACHER[0], variable_bytes * num_replicas), (TEACHER[1], activations * num_replicas)]
 
 
@@ -255,11 +261,13 @@ def check_device_memory(
     decoded = sum(count for name, count in uses if name == DECODED)
     problem = f"needs about {format_bytes(total_bytes)} of memory, and {device} has {format_bytes(limit)}"
     fix = f"use {maximum} or less" if maximum >= divisor else "use a smaller model.image_size or another model.backbone"
-    fix += ", or raise training.accumulate" * (maximum < divisor or config.training.accumulate > 1)
+    if maximum < divisor or config.training.accumulate > 1:
+        fix += ", or raise training.accumulate"
     error = ConfigError(problem, key="training.batch_size", value=batch_size, fix=fix)
     cache = config.data.cache
     if decoded and total_bytes - decoded <= limit and (cache == "memory" or maximum < divisor):
-        fix = f"use {'auto or ' * (cache == 'memory')}disk: decoded images in memory are {format_bytes(decoded)} of it"
+        alternatives = "auto or disk" if cache == "memory" else "disk"
+        fix = f"use {alternatives}: decoded images in memory are {format_bytes(decoded)} of it"
         error = ConfigError(problem, key="data.cache", value=cache, fix=fix)
     if total_bytes > ESTIMATE_TOLERANCE * limit:
         raise error

@@ -154,7 +154,8 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
     num_errors = len(plan.errors)
     with plan.collect_errors():
         require_output_dir(config, plan.cluster.size)
-    state += "; a run with several workers would fail" * (len(plan.errors) > num_errors)
+    if len(plan.errors) > num_errors:
+        state += "; a run with several workers would fail"
     plan.print_section("configuration", [*rows, ("output_dir", f"{output}: {state}" if output else state)])
 
 

@@ -306,7 +306,7 @@ def _open_file(file: StoragePath, address: str, key: str, cache_dir: Path, log_m
 
     A LiteRT file may contain the class names. Without a reference.json, the default preprocessing of training is used.
     """
-    local_path = Path(stage(str(file), cache_dir, MAX_EXPORT_BYTES, log_message, lambda: None))
+    local_path = Path(stage(str(file), cache_dir, MAX_EXPORT_BYTES, log_message, check_cancelled=lambda: None))
     labels, reference_content = ((file.parent / name).fetch() for name in ("labels.txt", "reference.json"))
     label_bytes = labels[0] if labels else _read_embedded_labels(local_path)
     try:
@@ -339,8 +339,8 @@ def _open_file(file: StoragePath, address: str, key: str, cache_dir: Path, log_m
         identity,
         preprocessing,
         lambda images: (classify(images), None),
-        None,
-        no_distance_reason,
+        distance=None,
+        no_distance_reason=no_distance_reason,
     )
     return replace(model, notes=notes)
 

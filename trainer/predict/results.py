@@ -62,10 +62,10 @@ def make_row(image: ImageFile, class_names: Sequence[str], part: ImagePrediction
     ranked = [
         cell
         for i in find_top_classes(probabilities, top)
-        for cell in (encode_cell(class_names[i]), _format(float(probabilities[i]), 6))
+        for cell in (encode_cell(class_names[i]), _format(float(probabilities[i]), digits=6))
     ]
-    cells = [_format(float(p), 6) for p in probabilities]
-    return [name, *ranked, _format(float(part.distances[k]), 4), "", *cells]
+    cells = [_format(float(p), digits=6) for p in probabilities]
+    return [name, *ranked, _format(float(part.distances[k]), digits=4), "", *cells]
 
 
 def find_top_classes(probabilities: np.ndarray, top: int) -> list[int]:

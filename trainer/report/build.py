@@ -111,7 +111,7 @@ def select_training_samples(images: ImageStore) -> TrainingSamples:
 
 def augment_views(augmentation: Augmentation, seed: int, images: np.ndarray, indices: np.ndarray) -> np.ndarray:
     """Return views of the first image, uint8 [NUM_AUGMENTED_VIEWS, S, S, 3]; arguments as in `augment_examples`."""
-    return augment_examples(augmentation, seed, images, indices, 1)[0]
+    return augment_examples(augmentation, seed, images, indices, count=1)[0]
 
 
 def augment_examples(

@@ -83,7 +83,7 @@ def evaluate(
     dataset = map_to_run_classes(run, data.dataset)
     data = replace(data, dataset=dataset)
     max_size = max(split.count for split in dataset.splits.values())
-    num_replicas = choose_devices(config.runtime, 1)[1]
+    num_replicas = choose_devices(config.runtime, num_workers=1)[1]
     config, _ = limit_batch_size(config, max_size, num_replicas)  # as in training
     worker = Worker(control, build_strategy(config, control, log.info, count_usable_cpus()), stop)
     stop.install()

@@ -236,7 +236,7 @@ def parse_run_json(value: Any) -> dict[str, Any]:
 
 def read_run_json(folder: Path) -> dict[str, Any]:
     """Read the run.json in a run's folder; return {} if the file does not exist or is corrupt."""
-    return read_json_or_default(folder / RUN_JSON, parse_run_json, {})
+    return read_json_or_default(folder / RUN_JSON, parse_run_json, default={})
 
 
 def describe_versions(run_json: dict[str, Any]) -> str | None:
