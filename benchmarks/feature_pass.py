@@ -28,7 +28,7 @@ from trainer.cluster.devices import build_strategy
 from trainer.cluster.discovery import discover
 from trainer.cluster.signals import StopFlag
 from trainer.cluster.worker import Worker
-from trainer.config.schema import GIGABYTE, Augmentation, load
+from trainer.config.schema import GIGABYTE, Augmentation, validate_config
 from trainer.data.host import count_usable_cpus
 from trainer.data.images import ImageStore
 from trainer.data.open import stage_and_open_run_dataset
@@ -55,7 +55,7 @@ def open_recipe(root: Path, options: argparse.Namespace, scratch: Path) -> tuple
         f"output_dir={scratch / 'run'}", f"runtime.cache_dir={scratch / 'cache'}",
     ])  # fmt: skip
     assert tree is not None
-    config = load(tree)
+    config = validate_config(tree)
     data, control = stage_and_open_run_dataset(config, print, lambda _: None), ControlChannel(discover(os.environ), {})
     worker = Worker(control, build_strategy(config, control, print, count_usable_cpus()), StopFlag())
     classifier = build_classifier(config.model, len(data.dataset.class_names), config.seed)

@@ -22,7 +22,7 @@ from benchmarks.pipelines import build_training_stream, open_training_images
 from trainer.cli.compose import compose
 from trainer.cluster.devices import DTYPE_POLICIES, detect_device, set_thread_pools
 from trainer.config.auto import resolve_auto
-from trainer.config.schema import Augmentation, RunConfig, load
+from trainer.config.schema import Augmentation, RunConfig, validate_config
 from trainer.data.host import count_usable_cpus
 from trainer.data.pipeline import prefetch_to_device
 from trainer.models.backbones import find_backbone
@@ -54,7 +54,7 @@ class Settings:
 def configure(settings: Settings) -> RunConfig:
     """Resolve the configuration of `runtime=gpu` for this machine's device, and set TensorFlow's options."""
     phases = {"all": "end_to_end", "none": "head_only"}[settings.thaw]
-    requested = load(compose([
+    requested = validate_config(compose([
         "data=digits", f"phases={phases}", "runtime=gpu", f"training.batch_size={settings.batch}", "model.weights=none",
         f"model.backbone={settings.backbone}", f"model.image_size={settings.side}",
     ]) or {})  # fmt: skip

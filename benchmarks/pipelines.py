@@ -29,5 +29,5 @@ def open_training_images(source: Data, size: int, cache: CacheSetting) -> tuple[
 def build_training_stream(pixels: Pixels, batch: int, augmentation: Augmentation) -> tf.data.Dataset:
     """Build an infinite stream of shuffled, augmented training batches for one replica."""
     return build_training_batches(
-        pixels, Order(batch, seed=1, window=8192), replicas=1, augmentation=augmentation
+        pixels, Order(batch, seed=1, window=8192), num_replicas=1, augmentation=augmentation
     ).dataset

@@ -10,7 +10,7 @@ import pytest
 from tests.cli.verbs import exit_code_of
 from tests.processes import ROOT
 from trainer import __main__ as main
-from trainer.cli.compose import compose, is_sweep, load_and_require_read
+from trainer.cli.compose import compose, load_and_require_read, requests_sweep
 from trainer.cli.overrides import translate_overrides
 from trainer.cli.source import choose_source
 from trainer.cli.sweep import _search_space_is_empty, _use_sweep_folder
@@ -91,8 +91,8 @@ def test_a_command_of_the_pages_is_accepted(
     arguments = [word for word in words if not word.startswith(own)]
     if {"--help", "--cfg"} & set(arguments):
         assert exit_code_of(main.main, *arguments) == 0
-    elif is_sweep(arguments):
-        arguments = translate_overrides(arguments, sweep=True)
+    elif requests_sweep(arguments):
+        arguments = translate_overrides(arguments, is_sweep=True)
         assert not _search_space_is_empty(arguments)
         arguments, _ = _use_sweep_folder(arguments)
         jobs: list[list[str]] = []

@@ -11,7 +11,7 @@ import yaml
 
 from tests.errors import raises
 from tests.models.efficient_net import IMAGENET, normalize, set_normalization
-from trainer.config.schema import RunConfig, load
+from trainer.config.schema import RunConfig, validate_config
 from trainer.errors import ConfigError, DataError
 from trainer.evaluate import apply_changes, choose_other_source
 from trainer.models.classifier import build_classifier
@@ -28,7 +28,7 @@ CLASSES = [str(digit) for digit in range(10)]
 def stored_run(folder: Path) -> StoredRun:
     phases = {"head": {"thaw": "none", "epochs": 1}}
     tree = {"data": {"source": "digits"}, "model": {"backbone": "MobileNetV2"}, "phases": phases}
-    return StoredRun("runs/1", storage_path(str(folder)), load(tree), ("daisy", "rose", "tulip"), "")
+    return StoredRun("runs/1", storage_path(str(folder)), validate_config(tree), ("daisy", "rose", "tulip"), "")
 
 
 def data_of(classes: tuple[str, ...]) -> Dataset:
@@ -65,7 +65,7 @@ def tree_of_run(**data: object) -> dict[str, Any]:
     data = {"source": "image_folder", "root": "photos", "validation_fraction": 0.25, "test_fraction": 0.1} | data
     phases, debug = {"head": {"thaw": "none", "epochs": 1}}, {"max_examples": 90}
     tree = {"data": data, "model": {"backbone": "MobileNetV2"}, "phases": phases, "debug": debug}
-    return load(tree).model_dump(mode="json")
+    return validate_config(tree).model_dump(mode="json")
 
 
 @pytest.mark.parametrize(
@@ -146,10 +146,10 @@ def test_the_source_is_chosen_by_what_is_at_the_root(source: str, tmp_path: Path
 def test_an_efficient_net_of_imagenet_weights_has_the_same_input_as_in_training(tmp_path: Path) -> None:
     model = {"backbone": "EfficientNetB0", "weights": "none", "image_size": 32}
     tree = {"data": {"source": "digits"}, "model": model, "phases": {"head": {"thaw": "none", "epochs": 1}}}
-    source = build_classifier(load(tree).model, len(CLASSES), 1)
+    source = build_classifier(validate_config(tree).model, len(CLASSES), 1)
     set_normalization(source, *IMAGENET)
     source.backbone.save_weights(tmp_path / "efficient.weights.h5")
-    config = load(tree | {"model": model | {"weights": str(tmp_path / "efficient.weights.h5")}})
+    config = validate_config(tree | {"model": model | {"weights": str(tmp_path / "efficient.weights.h5")}})
     trained = build_classifier(config.model, len(CLASSES), 1)
 
     run, images = tmp_path / "run", np.random.default_rng(0).integers(0, 256, (2, 32, 32, 3)).astype("float32")

@@ -9,7 +9,7 @@ import pytest
 from tests.errors import raises
 from tests.nasty import file_names, paths
 from trainer.cli.arguments import parse_arguments
-from trainer.config.schema import load
+from trainer.config.schema import validate_config
 from trainer.errors import ConfigError, DataError
 from trainer.names import encode_utf8, escape_unprintable, find_path_error, make_file_stem, normalize_class_name
 from trainer.storage.local import safe_join, temporary_file, write_json
@@ -96,7 +96,7 @@ def test_a_phase_is_no_path(name: str) -> None:
         "phases": {name: {"thaw": "none", "epochs": 1}},
     }
     with raises(ConfigError, None) as caught:
-        load(tree)
+        validate_config(tree)
     assert [error.fix for error in caught.value.errors] == ["name phases with letters, digits and _"]
 
 
@@ -107,7 +107,7 @@ def test_a_setting_that_is_not_utf8_is_rejected(key: str) -> None:
     section, _, name = key.rpartition(".")
     (tree[section] if section else tree)[name] = "caf\udce9"  # type: ignore[index]
     with raises(ConfigError, None) as caught:
-        load(tree)
+        validate_config(tree)
     assert (
         str(caught.value.errors[0]) == rf"{key}=caf\xe9: is not UTF-8; rename it, or give a link to it with such a name"
     )

@@ -20,7 +20,7 @@ from tests.storage.emulator import BUCKET, running
 from trainer import plan
 from trainer.cli.compose import compose
 from trainer.config.model import Model
-from trainer.config.schema import configure_teacher, load
+from trainer.config.schema import derive_teacher_config, validate_config
 from trainer.data.digits import prepare_digits
 from trainer.data.tfds_folder import LABELS_FILE
 from trainer.models.classifier import Classifier, build_classifier
@@ -83,7 +83,7 @@ def everything_in(folder: Path) -> dict[str, tuple[int, int]]:
 def begin_run(folder: Path, *arguments: str) -> None:
     """Write the files of a run that was stopped in its second phase, at step 240."""
     folder.mkdir()
-    config = load(compose([*arguments, f"output_dir={folder}", *HERE]) or {})
+    config = validate_config(compose([*arguments, f"output_dir={folder}", *HERE]) or {})
     (folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
     state = RunState(phase=1, epoch=6, step=240, phase_step=40)
     CheckpointFolder(folder / "checkpoints", 2, print).save(state.to_json(), {"w": np.zeros(2, np.float32)}, None)
@@ -299,7 +299,7 @@ def test_the_plan_of_a_gpu_has_its_memory_by_phase_and_what_would_be_slow(
         out,
     )
     assert "! runtime.precision=float32 is slow on NVIDIA L4: its tensor cores compute faster in bfloat16" in out
-    assert "! 1 CPUs augment about 2,950 small images per second" in out
+    assert "! 1 CPU can augment about 2,950 small images per second" in out
 
 
 def test_the_time_of_a_run_is_estimated_from_measured_steps(quickstart: tuple[Path, str], planned: Planned) -> None:
@@ -332,7 +332,7 @@ def test_another_width_of_a_warm_start_is_rejected(planned: Planned, tmp_path: P
 @cache
 def teacher_values() -> dict[str, np.ndarray]:
     """The variables of a teacher."""
-    model = load(compose(["model=glyphs_mobilenet_v2"]) or {}).model
+    model = validate_config(compose(["model=glyphs_mobilenet_v2"]) or {}).model
     return variables.copy_values(build_classifier(model, 10, 1).variables)
 
 
@@ -388,7 +388,7 @@ def test_a_teacher_of_the_same_run_has_a_plan_of_its_own(tmp_path: Path, planned
                      code=2)  # fmt: skip
     assert "distillation.phases.head.thaw=from_block:nothing: " in err
     leave_teacher(run / "teacher")
-    teacher = configure_teacher(load(compose([*arguments, *HERE]) or {}))
+    teacher = derive_teacher_config(validate_config(compose([*arguments, *HERE]) or {}))
     assert teacher
     (run / "teacher" / "config.yaml").write_text(yaml.safe_dump(teacher.model_dump(mode="json")))
     (run / "teacher" / "DONE").write_text("{}\n")

@@ -12,7 +12,7 @@ from tests.e2e.running import program
 from tests.errors import raises
 from trainer import prepare as command
 from trainer.cli.compose import compose
-from trainer.config.schema import load
+from trainer.config.schema import validate_config
 from trainer.data.prepare import prepare as prepare_here
 from trainer.errors import DataError
 
@@ -22,7 +22,7 @@ def prepare(*arguments: str, cache: Path, code: int = 0) -> subprocess.Completed
 
 
 def prepare_in_this_process(*arguments: str, output: Path, cache: Path) -> None:
-    prepare_here(load(compose([*arguments, f"runtime.cache_dir={cache}"]) or {}), str(output))
+    prepare_here(validate_config(compose([*arguments, f"runtime.cache_dir={cache}"]) or {}), str(output))
 
 
 def test_an_image_folder_becomes_a_tfds_folder_and_that_one_another(tmp_path: Path) -> None:

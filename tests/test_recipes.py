@@ -16,7 +16,7 @@ from scripts.recipes_page import read_commands, read_registry
 from trainer.cli.compose import compose
 from trainer.config.auto import resolve_auto
 from trainer.config.base import Duration
-from trainer.config.schema import Phase, RunConfig, load, load_resolved
+from trainer.config.schema import Phase, RunConfig, validate_config, validate_resolved_config
 from trainer.models.backbones import find_backbone
 from trainer.models.classifier import build_classifier, count_parameters
 from trainer.models.freezing import set_trainable_layers
@@ -54,7 +54,7 @@ def composed(name: str, *changes: str) -> dict[str, Any]:
 
 
 def preset(name: str, *changes: str) -> RunConfig:
-    return load_resolved(composed(name, *changes))
+    return validate_resolved_config(composed(name, *changes))
 
 
 def flatten(tree: Any, prefix: str = "") -> dict[str, Any]:
@@ -83,7 +83,7 @@ def test_every_preset_is_in_the_registry() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_composes_fits_the_schema_and_opens_with_its_command(name: str) -> None:
-    config = load(composed(name))
+    config = validate_config(composed(name))
     assert config.experiment_name == (None if name == "photos" else name)  # the report has the name of the folder
     text = (ROOT / "conf" / "experiment" / f"{name}.yaml").read_text()
     for tree in (composed(name), config.model_dump(mode="json"), yaml.safe_load(text)):
@@ -164,7 +164,7 @@ def test_the_commands_of_a_preset_compose(name: str) -> None:
     own = [shlex.split(command)[3:] for command in commands if f"experiment={name} " in f"{command} "]
     assert own
     for arguments in own:
-        config = load(compose(arguments) or {})
+        config = validate_config(compose(arguments) or {})
         assert config.data.source == preset(name).data.source or "data=image_folder" in arguments
 
 
@@ -177,7 +177,7 @@ def test_the_page_has_the_command_of_every_preset() -> None:
 
 def test_the_teacher_of_the_distilled_preset_trains_at_its_own_380_pixels() -> None:
     command = "\n".join(read_commands("flowers_efficientnet_b0_distilled")).replace("\\\n", " ").splitlines()[0]
-    model = load_resolved(compose(shlex.split(command)[3:]) or {}).model
+    model = validate_resolved_config(compose(shlex.split(command)[3:]) or {}).model
     assert (model.backbone, model.image_size) == ("EfficientNetB4", None)
     assert find_backbone(model.backbone).default_size == 380
 
@@ -214,7 +214,7 @@ def test_every_preset_trains_the_parameters_in_the_registry(name: str) -> None:
 def test_the_preset_for_photos_is_strong_and_chooses_the_rest(
     images: int, backbone: str, epochs: int, batch: int
 ) -> None:
-    requested = load(composed("photos"))
+    requested = validate_config(composed("photos"))
     assert requested.auto_keys == ["phases", "model.backbone", "training.batch_size"]
     config, reasons = resolve_auto(requested, images, 5)
     assert len(reasons) == 3
@@ -249,4 +249,4 @@ SWITCHES = [
     ],
 )
 def test_switches_compose_with_every_preset(name: str, changes: tuple[str, ...]) -> None:
-    load(compose([f"experiment={name}", *GIVEN.get(name, ()), *changes]) or {})
+    validate_config(compose([f"experiment={name}", *GIVEN.get(name, ()), *changes]) or {})

@@ -1,6 +1,6 @@
 """`python -m trainer`: train or resume the run that the arguments configure.
 
-Hydra composes the configuration, `config.schema.load` validates it, and `train.train_run` trains.
+Hydra composes the configuration, `config.schema.validate_config` validates it, and `train.train_run` trains.
 """
 
 import os
@@ -13,7 +13,7 @@ from trainer.cluster.signals import StopFlag, exit_on_sigterm
 if __name__ == "__main__":
     exit_on_sigterm()  # SIGTERM and SIGINT end the process during the imports below, which take seconds
 
-from trainer.cli.compose import is_sweep, load_and_require_read
+from trainer.cli.compose import load_and_require_read, requests_sweep
 from trainer.cli.process import (
     RestartProcess,
     choose_and_log_source,
@@ -62,7 +62,8 @@ def main() -> None:
         configure_log(config.runtime)
         cluster = discover(environment)
         listener = start_monitoring(config, cluster.index, cluster.size)
-        stop, last_check = StopFlag(), time.monotonic()
+        stop = StopFlag()
+        last_check = time.monotonic()
 
         def check_cancelled() -> None:
             """Raise StopRequested after a stop request, or `Finished` if the run is finished."""
@@ -112,7 +113,7 @@ def main() -> None:
             watchdog.stop()
             # The student needs the folder that this start has chosen, unless the command already has it.
             folder_argument = f"output_dir={quote_if_needed(config.output_dir)}"
-            has_folder = folder_argument in sys.argv or is_sweep(sys.argv)
+            has_folder = folder_argument in sys.argv or requests_sweep(sys.argv)
             raise RestartProcess([] if has_folder else [folder_argument], environment_at_start, stop.has_request)
 
 

@@ -117,8 +117,8 @@ def broadcast_sharding(run: RunContext, image_cache: str) -> ShardingPlan:
 
 def show_phase(run: RunContext, name: str, total_steps: int) -> None:
     """Show a phase in the progress display, with its number of steps and the number of its last epoch."""
-    state, per_epoch = run.state, run.plan.sharding.steps_per_epoch
-    last_epoch = state.epoch - state.phase_step // per_epoch + -(-total_steps // per_epoch)
+    state, steps_per_epoch = run.state, run.plan.sharding.steps_per_epoch
+    last_epoch = state.epoch - state.phase_step // steps_per_epoch + -(-total_steps // steps_per_epoch)
     run.metrics.enter_phase(
         name, step=state.step, phase_step=state.phase_step, steps=total_steps, last_epoch=last_epoch
     )
@@ -126,8 +126,8 @@ def show_phase(run: RunContext, name: str, total_steps: int) -> None:
 
 def is_checkpoint_due(run: RunContext) -> bool:
     """Return whether `runtime.checkpoint_every` has passed since the last checkpoint."""
-    per_epoch, batch_size = run.plan.sharding.steps_per_epoch, run.config.training.batch_size
-    steps_between_checkpoints = run.config.runtime.checkpoint_every.steps(per_epoch, batch_size)
+    steps_per_epoch, batch_size = run.plan.sharding.steps_per_epoch, run.config.training.batch_size
+    steps_between_checkpoints = run.config.runtime.checkpoint_every.steps(steps_per_epoch, batch_size)
     return run.state.step - run.saver.saved_step >= max(steps_between_checkpoints, 1)
 
 
@@ -247,10 +247,11 @@ def open_phase(run: RunContext, name: str, freezing: FreezingPlan, total_steps: 
     if state.phase:
         gc.collect()  # deletes the graphs of the phase before; Python itself collects garbage rarely (cli/process.py)
     inputs = open_phase_inputs(run, name)
-    teacher, batch_size, per_epoch = run.plan.teacher, config.training.batch_size, run.plan.sharding.steps_per_epoch
+    teacher = run.plan.teacher
+    batch_size, steps_per_epoch = config.training.batch_size, run.plan.sharding.steps_per_epoch
     lr = phase.optimizer.learning_rate
     schedule = build_schedule(
-        phase.schedule, lr, total_steps=total_steps, steps_per_epoch=per_epoch, batch_size=batch_size
+        phase.schedule, lr, total_steps=total_steps, steps_per_epoch=steps_per_epoch, batch_size=batch_size
     )
     with worker.strategy.scope():
         optimizer = build_optimizer(phase.optimizer, schedule, freezing.lr_multipliers)
@@ -274,7 +275,7 @@ def open_phase(run: RunContext, name: str, freezing: FreezingPlan, total_steps: 
         sharding=run.plan.sharding.for_worker(worker.index),
     )
     batches = build_training_batches(
-        inputs.training, order, replicas=worker.replicas, augmentation=inputs.augmentation, views=inputs.views
+        inputs.training, order, num_replicas=worker.replicas, augmentation=inputs.augmentation, num_views=inputs.views
     )
     dataset = teacher.add_soft_labels(batches.dataset) if teacher else batches.dataset
     if on_gpu and worker.replicas == 1:  # with several replicas, the strategy prefetches
@@ -336,8 +337,10 @@ def score_validation(
 
 def require_plausible_losses(run: RunContext, current: PhaseRun, losses: dict[str, float]) -> None:
     """Raise `Diverged` if one of the mean losses (by name) is not finite, or too large for a classifier that learns."""
-    state, num_classes = run.state, len(run.images.dataset.class_names)
-    settings, epoch = current.step.settings, state.epoch + 1
+    state = run.state
+    num_classes = len(run.images.dataset.class_names)
+    settings = current.step.settings
+    epoch = state.epoch + 1
     require_plausible(losses, settings, num_classes=num_classes, step=state.step, phase=current.name, epoch=epoch)
 
 

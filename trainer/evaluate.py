@@ -27,7 +27,7 @@ from trainer.cli.compose import compose
 from trainer.cli.process import configure_log, exit_with_code, suppress_import_noise
 from trainer.cli.source import choose_source
 from trainer.config.keys import list_keys, suggest_key
-from trainer.config.schema import RunConfig, load_resolved
+from trainer.config.schema import RunConfig, validate_resolved_config
 from trainer.config.unread import require_read
 from trainer.errors import ConfigError
 from trainer.monitoring.health import health
@@ -86,17 +86,18 @@ def apply_changes(run_config: dict[str, Any], changes: list[str]) -> tuple[RunCo
         run_config["data"]["class_prefix"] = run_data.get("class_prefix")
     if "data" in keys and "data.class_names" not in keys and isinstance(run_data.get("class_names"), dict):
         run_config["data"]["class_names"] = run_data["class_names"]
-    config = load_resolved(run_config)
+    config = validate_resolved_config(run_config)
     require_read(config, keys)
     if not DATASET_KEYS & set(keys):
         return config, None
     limits = {key: value for key, value in ALL_EXAMPLES.items() if f"data.{key}" not in keys}
     run_limits = {key: run_data[key] for key in limits if key in run_data}
-    moved_config: RunConfig | None = load_resolved(run_config | {"data": run_config["data"] | run_limits})
+    moved_config: RunConfig | None = validate_resolved_config(run_config | {"data": run_config["data"] | run_limits})
     if not limits.keys() >= FRACTIONS:  # the changes set a fraction; the other fraction remains the run's
-        moved_config, limits = None, {key: value for key, value in limits.items() if key not in FRACTIONS}
+        moved_config = None
+        limits = {key: value for key, value in limits.items() if key not in FRACTIONS}
     debug = run_config["debug"] | ({} if "debug.max_examples" in keys else {"max_examples": None})
-    return load_resolved(run_config | {"data": run_config["data"] | limits, "debug": debug}), moved_config
+    return validate_resolved_config(run_config | {"data": run_config["data"] | limits, "debug": debug}), moved_config
 
 
 def choose_other_source(changes: list[str], source: str) -> tuple[list[str], str]:

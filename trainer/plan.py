@@ -22,7 +22,7 @@ if __name__ == "__main__":
     exit_on_sigterm()  # SIGTERM and SIGINT end the process during the imports below, which take seconds
 
 from trainer.cli.arguments import parse_arguments
-from trainer.cli.compose import compose, is_sweep, load_and_require_read
+from trainer.cli.compose import compose, load_and_require_read, requests_sweep
 from trainer.cli.process import choose_and_log_source, exit_with_code, suppress_import_noise
 from trainer.cluster.discovery import discover
 from trainer.config.schema import apply_overfit
@@ -43,7 +43,7 @@ def main() -> None:
         plot = Path(options["--plot"]).expanduser() if "--plot" in options else None
         if plot and plot.suffix != ".png":
             raise ConfigError("is not a PNG file", key="--plot", value=plot, fix="write --plot=FILE.png")
-        if is_sweep(arguments):
+        if requests_sweep(arguments):
             raise ConfigError("a sweep has no plan, only a single run has one", fix="remove --multirun and sweep=...")
         run_arguments = choose_and_log_source(run_arguments)
         composed = compose(run_arguments)

@@ -35,7 +35,7 @@ from trainer.cli.process import (
     start_monitoring,
     suppress_import_noise,
 )
-from trainer.config.schema import load
+from trainer.config.schema import validate_config
 from trainer.config.typed import format_argument
 from trainer.config.unread import require_read
 from trainer.data.prepare import parse_job_part, prepare
@@ -70,7 +70,7 @@ def main() -> None:
             return
         if "output" not in arguments:
             raise ConfigError("is missing", key="output", fix=f"write {format_usage(__doc__)}")
-        config = load(composed)
+        config = validate_config(composed)
         explicit_keys = list_argument_keys(overrides)
         # With every source, data.split_seed orders the records that are written.
         require_read(config, explicit_keys - {"data.split_seed", "data.shards"})
@@ -98,7 +98,8 @@ def _write_weights(names: str, output: str) -> None:
 
     with health.waiting_for("Keras, which downloads weights"):  # it reports no progress
         files = prepare_weights(parse_backbones(names, "weights"), output, log.info)
-    file_count, argument = format_count(len(files), "file"), format_argument("model.weights", output)
+    file_count = format_count(len(files), "file")
+    argument = format_argument("model.weights", output)
     outcome = f"{output} holds {file_count} of weights; train with them: {argument}"
     log.info(outcome)
     termination.set_success_message(outcome)

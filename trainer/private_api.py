@@ -121,7 +121,7 @@ def advance_function_numbers(number: int) -> None:
         pass
 
 
-def all_to_all(rows: Any, replicas: int, key: int) -> Any:
+def all_to_all(rows: Any, num_replicas: int, key: int) -> Any:
     """Send row i of `rows`, [replicas, ...], to replica i. Return the rows that the replicas send to this one.
 
     Must be called in the replica context of a `MultiWorkerMirroredStrategy` with one replica per worker.
@@ -134,7 +134,7 @@ def all_to_all(rows: Any, replicas: int, key: int) -> Any:
     """
     from tensorflow.python.ops.collective_ops import all_to_all_v2
 
-    return all_to_all_v2(rows, group_size=replicas, group_key=_ALL_TO_ALL_GROUP, instance_key=key)
+    return all_to_all_v2(rows, group_size=num_replicas, group_key=_ALL_TO_ALL_GROUP, instance_key=key)
 
 
 def make_session_end_summary(session_end_info: Any) -> Any:

@@ -251,9 +251,9 @@ def make_plan(
         log.info(sharding.describe(images.dataset.splits["train"], worker.index))
     shard = sharding.for_scoring(worker.index)
     rows = get_images_per_call() if config.training.virtual_replicas else None
-    run.scorer = Scorer(worker, run.classifier, shard, on_wait=run.clock.add_wait, rows=rows)
-    run.metrics.start(sum(config.phase_steps(phase, sharding.steps_per_epoch) for phase in config.phases.values()))
-
+    run.scorer = Scorer(worker, run.classifier, shard, on_wait=run.clock.add_wait, rows_per_call=rows)
+    steps_per_epoch = sharding.steps_per_epoch
+    run.metrics.start(sum(config.count_phase_steps(phase, steps_per_epoch) for phase in config.phases.values()))
     teacher = None
     if configured:
         teacher = open_teacher(worker, images, run.scorer.sharding, configured)
@@ -268,7 +268,7 @@ def make_plan(
 def train_phase(run: RunContext, name: str, restored: dict[str, np.ndarray]) -> None:
     """Train a phase to its last step or early stopping, then load its weights. `restored`: a checkpoint's variables."""
     phase, state, steps_per_epoch = run.config.phases[name], run.state, run.plan.sharding.steps_per_epoch
-    total = run.config.phase_steps(phase, steps_per_epoch)
+    total = run.config.count_phase_steps(phase, steps_per_epoch)
     health.enter_phase(name)
     show_phase(run, name, total)
     thaw = set_trainable_layers(run.classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay)

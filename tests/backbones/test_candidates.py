@@ -6,14 +6,20 @@ import pytest
 
 from tests.config.test_schema import ROWS, tree
 from tests.errors import raises
-from trainer.backbones.candidates import Choices, configure_comparison, find_image_size, parse_candidates, parse_folds
+from trainer.backbones.candidates import (
+    ComparisonConfig,
+    configure_comparison,
+    find_image_size,
+    parse_candidates,
+    parse_folds,
+)
 from trainer.config.phases import AutoPhases
-from trainer.config.schema import load
+from trainer.config.schema import validate_config
 from trainer.errors import ConfigError
 
 
-def choose(among: str, given: set[str] | None = None, **changes: Any) -> Choices:
-    return configure_comparison(load(tree(**changes)), parse_candidates(among), given or set())
+def choose(among: str, given: set[str] | None = None, **changes: Any) -> ComparisonConfig:
+    return configure_comparison(validate_config(tree(**changes)), parse_candidates(among), given or set())
 
 
 def test_networks_have_their_own_size_and_the_weights_of_all_or_their_own() -> None:
@@ -81,15 +87,17 @@ def test_the_first_phase_of_the_head_alone_is_trained_without_early_stopping() -
         "first": {"thaw": "all", "epochs": 1},
         "second": {"thaw": "none", "epochs": 7, "early_stopping": {"patience": 2}},
     }
-    choices = configure_comparison(load({**tree(), "phases": phases}), parse_candidates("vgg16"), set())
-    assert choices.phase == "second"
-    assert not isinstance(choices.config.phases, AutoPhases)
-    (phase,) = choices.config.phases.values()
+    chosen = configure_comparison(validate_config({**tree(), "phases": phases}), parse_candidates("vgg16"), set())
+    assert chosen.head_phase == "second"
+    assert not isinstance(chosen.common.phases, AutoPhases)
+    (phase,) = chosen.common.phases.values()
     assert (phase.epochs, phase.early_stopping.patience, phase.features) == (7, 0, "cached")
     with raises(ConfigError, key="phases", fix="head_only"):
-        configure_comparison(load({**tree(), "phases": {"all": phases["first"]}}), parse_candidates("vgg16"), set())
+        configure_comparison(
+            validate_config({**tree(), "phases": {"all": phases["first"]}}), parse_candidates("vgg16"), set()
+        )
     with raises(ConfigError, key="phases", value="auto", fix="head_only"):
-        configure_comparison(load({**tree(), "phases": {"auto": ROWS}}), parse_candidates("vgg16"), set())
+        configure_comparison(validate_config({**tree(), "phases": {"auto": ROWS}}), parse_candidates("vgg16"), set())
 
 
 def test_a_size_that_a_network_cannot_have_is_rejected_before_anything_is_computed() -> None:

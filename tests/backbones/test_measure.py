@@ -16,12 +16,18 @@ import tensorflow as tf
 from tests.config.test_schema import tree
 from tests.e2e.running import ROOT, program
 from trainer.backbones.folds import plan_folds, pool_examples
-from trainer.backbones.measure import Network, measure, open_network, score_fold, select_features
+from trainer.backbones.measure import (
+    FrozenBackbone,
+    measure_size_and_speed,
+    open_backbone,
+    select_features,
+    train_and_score_fold,
+)
 from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import discover
 from trainer.cluster.signals import StopFlag
 from trainer.cluster.worker import Worker
-from trainer.config.schema import RunConfig, load_resolved
+from trainer.config.schema import RunConfig, validate_resolved_config
 from trainer.data.images import ImageStore
 from trainer.data.open import OpenedData, stage_and_open_run_dataset
 from trainer.models.classifier import build_classifier
@@ -33,37 +39,37 @@ MODEL = {"backbone": "MobileNetV2", "alpha": 0.35, "weights": "glyphs", "image_s
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Network, Dataset]:
-    """A network on 40 digits, and their dataset before the pool."""
+def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[FrozenBackbone, Dataset]:
+    """A backbone with the features of 40 digits, and their dataset before the pool."""
     training = {"batch_size": 8, "ema": 0.9, "class_weights": "balanced"}
     changes = {"model": MODEL, "training": training, "debug": {"max_examples": 20}}
     cache = {"cache_dir": str(tmp_path_factory.mktemp("cache"))}
-    config = load_resolved(tree(**changes, phases={"head": PHASE}, runtime=cache))
+    config = validate_resolved_config(tree(**changes, phases={"head": PHASE}, runtime=cache))
     assert isinstance(config, RunConfig)
     data = stage_and_open_run_dataset(config, print, lambda _: None)
     images = ImageStore(OpenedData(pool_examples(data.dataset), {}, None, "glyphs"), config, 32, lambda _: None)
     classifier = build_classifier(config.model, 10, config.seed)
     worker = Worker(ControlChannel(discover({}), {}), tf.distribute.get_strategy(), StopFlag())
-    return open_network(config, worker, images, classifier), data.dataset
+    return open_backbone(config, worker, images, classifier), data.dataset
 
 
-def test_a_fold_is_a_function_of_the_data_and_not_of_the_folds_before(opened: tuple[Network, Dataset]) -> None:
-    network, dataset = opened
+def test_a_fold_is_a_function_of_the_data_and_not_of_the_folds_before(opened: tuple[FrozenBackbone, Dataset]) -> None:
+    backbone, dataset = opened
     folds = plan_folds(dataset, 2, 1)
-    first, second, again = (score_fold(network, folds, fold) for fold in (0, 1, 0))
+    first, second, again = (train_and_score_fold(backbone, folds, fold) for fold in (0, 1, 0))
     np.testing.assert_array_equal(first.predictions, again.predictions)
     assert sorted([*first.indices, *second.indices]) == list(range(40))
-    labels = network.dataset.splits["train"].labels
+    labels = backbone.dataset.splits["train"].labels
     hits = sum((r.predictions == labels[r.indices]).sum() for r in (first, second))
     assert hits >= 8  # by chance 4
-    measured = measure(network, "here")
+    measured = measure_size_and_speed(backbone, "here")
     assert measured.parameters == 410_208 + 1280 * 10 + 10
     assert measured.bytes == 4 * measured.parameters
     assert measured.single_ms > measured.batch_ms > 0
 
 
 def test_rows_of_features_are_those_of_the_examples_and_unreadable_ones_remain_so(
-    opened: tuple[Network, Dataset],
+    opened: tuple[FrozenBackbone, Dataset],
 ) -> None:
     features = replace(opened[0].features, unreadable={5: "broken"})
     indices = np.array([1, 5, 7])

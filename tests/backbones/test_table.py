@@ -72,7 +72,7 @@ def test_accuracy_intervals_and_tests_are_over_all_out_of_fold_predictions() -> 
     assert [row.accuracy for row in rows] == [0.9, 0.9, 0.89, 0.5]
     assert rows[2].interval == compute_wilson_interval(178, N)
     assert rows[0].fold_accuracies == [0.8, 1.0]
-    correct = {each.label: np.concatenate([f.predictions for f in each.folds]) == LABELS for each in NETWORKS}
+    correct = {each.label: np.concatenate([f.predictions for f in each.fold_results]) == LABELS for each in NETWORKS}
     raw = [compare_paired(correct["large"], correct[name]).p for name in ("equal", "small", "bad")]
     assert rows[0].p is None
     assert rows[3].p == pytest.approx(min(3 * raw[2], 1))  # Holm: the smallest one times their number
@@ -82,10 +82,10 @@ def test_accuracy_intervals_and_tests_are_over_all_out_of_fold_predictions() -> 
 
 
 def test_an_example_that_one_network_could_not_read_counts_for_none() -> None:
-    short = NETWORKS[0].folds[1]
-    partial = EvaluatedBackbone("partial", [NETWORKS[0].folds[0], FoldResult(short.indices[1:], short.predictions[1:], 1.0)],
+    short = NETWORKS[0].fold_results[1]
+    partial = EvaluatedBackbone("partial", [NETWORKS[0].fold_results[0], FoldResult(short.indices[1:], short.predictions[1:], 1.0)],
                               NETWORKS[0].measurements)  # fmt: skip
-    assert {row.examples for row in rank([partial, NETWORKS[1]], make_facts(partial, NETWORKS[1]))} == {N - 1}
+    assert {row.num_examples for row in rank([partial, NETWORKS[1]], make_facts(partial, NETWORKS[1]))} == {N - 1}
 
 
 def test_the_table_has_80_columns_and_marks_random_weights() -> None:
@@ -138,7 +138,7 @@ def test_a_folder_of_something_else_is_rejected(tmp_path: Path) -> None:
      '{"indices": [0], "predictions": [0.5], "seconds": 1}', '{"indices": [0], "predictions": [0], "seconds": -1}'],
 )  # fmt: skip
 def test_a_corrupt_result_is_computed_again(tmp_path: Path, content: str) -> None:
-    stored = ResultFolder(storage_path(str(tmp_path)), examples=9, classes=2)
+    stored = ResultFolder(storage_path(str(tmp_path)), num_examples=9, num_classes=2)
     result = FoldResult(np.array([2, 5]), np.array([0, 1]), 1.5)
     stored.write_fold(0, result)
     again: Any = stored.read_fold(0)

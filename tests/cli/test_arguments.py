@@ -6,7 +6,7 @@ from tests.config.test_schema import tree
 from tests.errors import raises
 from trainer import compare, drift, evaluate, export, plan, prepare, serve
 from trainer.cli.arguments import MATCH_ALL, format_usage, parse_arguments, require_address
-from trainer.config.schema import load
+from trainer.config.schema import validate_config
 from trainer.errors import ConfigError
 
 DOC = """`python -m trainer.paint what=IMAGE [colour=red] [output=FILE]`:
@@ -69,7 +69,7 @@ def test_an_address_of_another_scheme_has_its_key_and_the_right_spelling(address
     with raises(ConfigError, key=address, value=None, problem=problem, fix=fix):
         require_address(address)
     with raises(ConfigError, problem=f"output_dir=.*{problem}.*{fix}"):  # lists all errors
-        load(tree(output_dir=address))
+        validate_config(tree(output_dir=address))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from trainer.cli.overrides import (
 )
 from trainer.cli.sweep import _use_sweep_folder
 from trainer.config.diff import flatten
-from trainer.config.schema import load
+from trainer.config.schema import validate_config
 from trainer.config.typed import format_argument, quote, quote_if_needed
 from trainer.errors import ConfigError
 
@@ -106,9 +106,9 @@ def test_shown_names_are_given_by_class_as_they_are_typed() -> None:
     tree = compose(["data=image_folder", "data.root=x", f"data.class_names={typed}"])
     assert tree
     assert tree["data"]["class_names"] == names
-    assert load(tree).data.class_names == names
+    assert validate_config(tree).data.class_names == names
     assert parse_value("data.class_names={a: b}") == {"a": "b"}
-    (translated,) = translate_overrides(["data.class_names={a: b c},{a: d}"], sweep=True)
+    (translated,) = translate_overrides(["data.class_names={a: b c},{a: d}"], is_sweep=True)
     jobs = [format_override(f"data.class_names={t}") for t in parse_override(translated).sweep_string_iterator()]
     assert jobs == ["data.class_names={a: b c}", "data.class_names={a: d}"]
 
@@ -125,7 +125,7 @@ def test_shown_names_are_given_by_class_as_they_are_typed() -> None:
     ],
 )
 def test_a_sweep_takes_each_value_as_it_is_typed(given: str, expected: list[Any]) -> None:
-    (translated,) = translate_overrides([given], sweep=True)
+    (translated,) = translate_overrides([given], is_sweep=True)
     parsed = parse_override(translated)
     assert parsed.is_sweep_override()
     values = [parse_override(f"x={text}").value() for text in parsed.sweep_string_iterator()]
@@ -146,7 +146,7 @@ def test_a_sweep_takes_each_value_as_it_is_typed(given: str, expected: list[Any]
     ],
 )
 def test_a_sweep_over_weights_has_a_job_for_each(given: str, expected: list[Any]) -> None:
-    (translated,) = translate_overrides([f"training.class_weights={given}"], sweep=True)
+    (translated,) = translate_overrides([f"training.class_weights={given}"], is_sweep=True)
     jobs = [
         format_override(f"training.class_weights={text}") for text in parse_override(translated).sweep_string_iterator()
     ]
@@ -255,7 +255,7 @@ def test_a_folder_alone_is_the_root(tmp_path: Any) -> None:
      ("output_dir=null", None), ("output_dir='a,b'", "a,b"), ("output_dir=a${b", "a${b")],
 )  # fmt: skip
 def test_the_folder_of_a_sweep_may_have_any_name(given: str, folder: str | None) -> None:
-    arguments, name = _use_sweep_folder(translate_overrides(["-m", "seed=1", given], sweep=True))
+    arguments, name = _use_sweep_folder(translate_overrides(["-m", "seed=1", given], is_sweep=True))
     assert name == folder
     assert arguments[:2] == ["-m", "seed=1"]
     if folder:

@@ -63,8 +63,9 @@ def test_record_files_become_a_pattern(tmp_path: Path) -> None:
     ],
 )
 def test_names_of_record_files(tmp_path: Path, names: list[str], pattern: str) -> None:
-    arguments = detect_source(str(photos(tmp_path, *names)))[2]
-    assert [argument.partition("=")[2].strip("'") for argument in arguments] == [f"{tmp_path}/{pattern}"]
+    replacement = detect_source(str(photos(tmp_path, *names))).replacement
+    assert replacement
+    assert replacement.partition("=")[2].strip("'") == f"{tmp_path}/{pattern}"
     assert all(fnmatch.fnmatch(name, pattern) != name.endswith((".idx", ".md5")) for name in names)
 
 
@@ -85,7 +86,7 @@ def test_other_files_are_no_record_files(tmp_path: Path, name: str) -> None:
     ],
 )
 def test_folders_of_images_precede_stray_records(tmp_path: Path, names: tuple[str, ...], group: str) -> None:
-    assert detect_source(str(photos(tmp_path, *names)))[0] == group
+    assert detect_source(str(photos(tmp_path, *names))).source == group
 
 
 @pytest.mark.parametrize("names", [(), ("1.jpg", "2.jpg"), ("lost+found/x", "@eaDir/1.jpg", ".git/x")])
@@ -118,7 +119,7 @@ def test_a_bucket_of_many_classes_is_inspected_with_few_requests(
     requests: list[str] = []
     monkeypatch.setattr(type(root), "is_local", False)
     monkeypatch.setattr(type(root), "stat", lambda self: requests.append(str(self)))
-    assert detect_source(str(tmp_path))[0] == "image_folder"
+    assert detect_source(str(tmp_path)).source == "image_folder"
     assert len(requests) < 10
 
 
@@ -148,8 +149,8 @@ def test_a_dataset_is_detected_in_any_folder(
     root = storage_path(bucket_address if in_bucket else tmp_path) / name
     for file in names:
         (root / file).write("x")
-    arguments = [f"data.root={root / dataset}"] if dataset else []
-    assert detect_source(str(root))[::2] == (source, arguments)
+    replacement = f"data.root={root / dataset}" if dataset else None
+    assert detect_source(str(root))[::2] == (source, replacement)
 
 
 def test_several_datasets_in_a_bucket_are_rejected(bucket_address: str) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from tests.errors import raises
 from trainer.cli import sweep as module
-from trainer.cli.compose import compose, is_sweep
+from trainer.cli.compose import compose, requests_sweep
 from trainer.cli.overrides import translate_overrides
 from trainer.cli.sweep import (
     EVENT_FILE,
@@ -36,7 +36,7 @@ from trainer.errors import ConfigError, TrainerError
     ],
 )
 def test_output_dir_names_the_folder_of_the_sweep(given: list[str], arguments: list[str], folder: str | None) -> None:
-    assert _use_sweep_folder(translate_overrides(given, sweep=True)) == (arguments, folder)
+    assert _use_sweep_folder(translate_overrides(given, is_sweep=True)) == (arguments, folder)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ def test_output_dir_names_the_folder_of_the_sweep(given: list[str], arguments: l
      (["sweep=null"], False), (["seed=1"], False), ([], False)],
 )  # fmt: skip
 def test_a_sweep_is_recognised(arguments: list[str], expected: bool) -> None:
-    assert is_sweep(arguments) is expected
+    assert requests_sweep(arguments) is expected
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_each_pod_of_an_indexed_job_trains_its_job_of_the_grid() -> None:
         ["seed=2", "augmentation=none"], ["seed=2", "augmentation=light"],
     ]  # fmt: skip
     for number, (arguments, environment) in enumerate(selected):
-        assert not is_sweep(arguments)
+        assert not requests_sweep(arguments)
         assert {"phases=head_only", f"output_dir=gs://bucket/grid/{number}"} <= set(arguments)
         assert environment == {"JOB_NAME": "kubetune-sweep", "SWEEP_JOB": str(number)}  # it is no worker
 

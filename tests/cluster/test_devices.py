@@ -7,7 +7,7 @@ import pytest
 from tests.errors import raises
 from tests.processes import run_python
 from trainer.cluster.devices import check_batch_size
-from trainer.config.schema import load
+from trainer.config.schema import validate_config
 from trainer.errors import ConfigError
 
 CHILD = """
@@ -46,7 +46,7 @@ def test_the_batch_that_is_advised_is_accepted(
 ) -> None:
     def check(size: int) -> None:
         check_batch_size(
-            load({
+            validate_config({
                 "data": {"source": "digits"}, "model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}},
                 "training": {"batch_size": size, "accumulate": accumulate}, "augmentation": {"mixup": mixup},
             }), replicas,

@@ -8,7 +8,7 @@ import pytest
 
 from trainer.cli.compose import compose
 from trainer.config.auto import limit_batch_size, resolve_auto
-from trainer.config.schema import RequestedConfig, RunConfig, apply_overfit, load, load_resolved
+from trainer.config.schema import RequestedConfig, RunConfig, apply_overfit, validate_config, validate_resolved_config
 from trainer.errors import ConfigError
 from trainer.types import CPU, Device
 
@@ -19,7 +19,7 @@ def composed(*arguments: str) -> dict[str, Any]:
 
 
 def requested(*arguments: str) -> RequestedConfig:
-    return load(composed("model=auto", "phases=auto", *arguments))
+    return validate_config(composed("model=auto", "phases=auto", *arguments))
 
 
 @pytest.mark.parametrize(
@@ -92,10 +92,10 @@ def test_the_precision_follows_the_compute_capability(device: Device, precision:
 
 
 def test_a_resumed_run_keeps_its_precision_on_another_device() -> None:
-    alone = load(composed("runtime=gpu"))
+    alone = validate_config(composed("runtime=gpu"))
     assert alone.auto_keys == ["runtime.precision"]
     began, _ = resolve_auto(alone, 100, 3, Device("GPU", "L4", (8, 9)))
-    stored = load_resolved(json.loads(json.dumps(began.model_dump(mode="json"))))
+    stored = validate_resolved_config(json.loads(json.dumps(began.model_dump(mode="json"))))
     assert stored == began
     config, reasons = resolve_auto(alone, 100, 3, CPU, stored_config=stored)
     assert (config.runtime.precision, config.runtime.xla) == ("bfloat16", "auto")
@@ -107,13 +107,13 @@ def test_phases_are_validated_although_the_precision_is_auto() -> None:
     with pytest.raises(
         ConfigError, match=r"1 error:\n  phases\.head\.features=cached: augmentation makes other images"
     ):
-        load(compose(faulty) or {})
+        validate_config(compose(faulty) or {})
 
 
 def test_a_given_value_is_not_chosen() -> None:
     config, reasons = resolve_auto(requested("model.backbone=VGG16", "training.batch_size=24"), 100, 3)
     assert (config.model.backbone, config.training.batch_size, len(reasons)) == ("VGG16", 24, 1)
-    whole = load(composed())
+    whole = validate_config(composed())
     assert resolve_auto(whole, 100, 3) == (whole, [])
 
 
@@ -126,8 +126,10 @@ def test_a_row_can_be_another_group_or_be_changed() -> None:
 
 def test_a_resolved_configuration_is_like_any_other() -> None:
     config, _ = resolve_auto(requested("phases.auto.domain=different"), 2_936, 5)
-    by_hand = load(compose(["data=digits", "model=auto", "model.backbone=MobileNetV2", "phases=two_phase"]) or {})
-    assert load(config.model_dump(mode="json")) == config == by_hand
+    by_hand = validate_config(
+        compose(["data=digits", "model=auto", "model.backbone=MobileNetV2", "phases=two_phase"]) or {}
+    )
+    assert validate_config(config.model_dump(mode="json")) == config == by_hand
 
 
 def test_a_resumed_run_and_the_other_workers_adopt_the_choice() -> None:
@@ -166,7 +168,7 @@ def test_overfitting_resolves_the_batch_size_to_its_default() -> None:
     ],
 )
 def test_a_batch_is_at_most_an_epoch(arguments: tuple[str, ...], images: int, replicas: int, batch: int) -> None:
-    requested = load_resolved(composed(*arguments))
+    requested = validate_resolved_config(composed(*arguments))
     config, reason = limit_batch_size(requested, images, replicas)
     assert config.training.batch_size == batch
     limited = batch != requested.training.batch_size

@@ -9,7 +9,7 @@ import pytest
 from trainer.cli.compose import compose
 from trainer.config.auto import resolve_auto
 from trainer.config.batch_size import FOOTPRINTS, GPU_RESERVE, MEMORY_FRACTION, estimate_gpu_bytes, find_footprint
-from trainer.config.schema import RunConfig, load, load_resolved
+from trainer.config.schema import RunConfig, validate_config, validate_resolved_config
 from trainer.models.backbones import get_backbones
 from trainer.types import CPU, Device
 
@@ -27,8 +27,8 @@ def composed(*arguments: str) -> dict[str, Any]:
 
 def resolve(*arguments: str, images: int = 100_000, device: Device = H100, replicas: int = 1) -> tuple[RunConfig, str]:
     """Return the configuration, and the reason for the batch size."""
-    requested = load(composed(*arguments))
-    config, reasons = resolve_auto(requested, images, 10, device, replicas=replicas)
+    requested = validate_config(composed(*arguments))
+    config, reasons = resolve_auto(requested, images, 10, device, num_replicas=replicas)
     return config, next(reason for reason in reasons if reason.startswith("training.batch_size=auto"))
 
 
@@ -96,9 +96,9 @@ def test_mixed_pairs_on_each_gpu_need_an_even_batch() -> None:
 
 def test_a_resumed_run_keeps_its_batch_on_another_gpu() -> None:
     began, _ = resolve("model=efficientnet_b7", device=L4)
-    stored = load_resolved(json.loads(json.dumps(began.model_dump(mode="json"))))
-    requested = load(composed("model=efficientnet_b7"))
-    config, reasons = resolve_auto(requested, 100_000, 10, H100, stored_config=stored, replicas=4)
+    stored = validate_resolved_config(json.loads(json.dumps(began.model_dump(mode="json"))))
+    requested = validate_config(composed("model=efficientnet_b7"))
+    config, reasons = resolve_auto(requested, 100_000, 10, H100, stored_config=stored, num_replicas=4)
     assert config.training.batch_size == 8
     assert "training.batch_size=auto: 8, as this run began" in reasons
 

@@ -10,7 +10,13 @@ from tests.errors import raises
 from trainer.cli.compose import compose, load_and_require_read
 from trainer.config.diff import list_forbidden_changes
 from trainer.config.phases import AutoPhases
-from trainer.config.schema import RunConfig, configure_teacher, load, load_resolved, parse_config
+from trainer.config.schema import (
+    RunConfig,
+    derive_teacher_config,
+    parse_config,
+    validate_config,
+    validate_resolved_config,
+)
 from trainer.config.unread import find_unread_keys
 from trainer.errors import ConfigError
 
@@ -23,24 +29,26 @@ def student(distillation: dict[str, Any], **changes: Any) -> dict[str, Any]:
 
 
 def test_the_run_of_the_teacher_differs_in_its_model_phases_and_results() -> None:
-    config = load(student({"phases": ONE}, output_dir="runs/1/", warm_start="w", experiment_name="n", seed=7))
-    teacher = configure_teacher(config)
+    config = validate_config(
+        student({"phases": ONE}, output_dir="runs/1/", warm_start="w", experiment_name="n", seed=7)
+    )
+    teacher = derive_teacher_config(config)
     assert isinstance(teacher, RunConfig)
     assert (teacher.model.backbone, teacher.model.image_size, list(teacher.phases)) == ("ResNet50", 64, ["only"])
     assert (teacher.output_dir, teacher.experiment_name) == ("runs/1/teacher", "n teacher")
     assert (teacher.distillation, teacher.warm_start, teacher.export.formats) == (None, None, ())
     changed = {"model", "phases", "distillation", "output_dir", "experiment_name", "warm_start", "export"}
     assert {key for key, value in teacher if value != getattr(config, key)} == changed
-    assert load_resolved(yaml.safe_load(yaml.safe_dump(teacher.model_dump(mode="json")))) == teacher
+    assert validate_resolved_config(yaml.safe_load(yaml.safe_dump(teacher.model_dump(mode="json")))) == teacher
 
 
 def test_without_phases_of_its_own_the_teacher_has_those_of_the_run() -> None:
-    config = load(student({}))
-    teacher = configure_teacher(config)
+    config = validate_config(student({}))
+    teacher = derive_teacher_config(config)
     assert teacher
     assert (teacher.phases, teacher.output_dir) == (config.phases, None)
     whole = student({"model": {"backbone": "auto"}}) | {"phases": {"auto": ROWS}}
-    teacher = configure_teacher(load(whole))
+    teacher = derive_teacher_config(validate_config(whole))
     assert teacher
     assert isinstance(teacher.phases, AutoPhases)
     assert teacher.auto_keys == ["phases", "model.backbone"]
@@ -48,7 +56,7 @@ def test_without_phases_of_its_own_the_teacher_has_those_of_the_run() -> None:
 
 def test_other_teachers_have_no_run() -> None:
     for distillation in (None, {"teacher": "outputs/earlier"}, {"teacher": "./train"}):
-        assert configure_teacher(load(tree(distillation=distillation))) is None
+        assert derive_teacher_config(validate_config(tree(distillation=distillation))) is None
 
 
 @pytest.mark.parametrize(
@@ -69,7 +77,7 @@ def test_other_teachers_have_no_run() -> None:
 )  # fmt: skip
 def test_an_error_names_the_key_of_the_teacher(distillation: dict[str, Any], key: str, value: Any, fix: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load(student(distillation, augmentation__zoom=0.1))
+        validate_config(student(distillation, augmentation__zoom=0.1))
     (error,) = caught.value.errors
 
     def fail() -> None:
@@ -81,15 +89,15 @@ def test_an_error_names_the_key_of_the_teacher(distillation: dict[str, Any], key
 
 def test_a_student_is_a_second_start_so_resume_is_not_never() -> None:
     with pytest.raises(ConfigError, match=r"resume=never: forbids the second start.*; use auto"):
-        load(student({}, resume="never"))
-    load(tree(distillation={"teacher": "outputs/t"}, resume="never"))
+        validate_config(student({}, resume="never"))
+    validate_config(tree(distillation={"teacher": "outputs/t"}, resume="never"))
 
 
 def test_files_of_the_groups_can_be_chosen_and_changed() -> None:
     given = ["distillation.teacher=train", "distillation.model=glyphs_mobilenet_v2", "distillation.model.dropout=0.5",
              "distillation.phases=head_only", "distillation.phases.head.epochs=2"]  # fmt: skip
     config = load_and_require_read(compose(given) or {}, given)
-    teacher = configure_teacher(config)
+    teacher = derive_teacher_config(config)
     assert teacher
     assert teacher.model == config.model.model_copy(update={"dropout": 0.5})
     assert isinstance(teacher.phases, dict)
@@ -104,7 +112,7 @@ def test_files_of_the_groups_can_be_chosen_and_changed() -> None:
 
 def test_keys_of_the_teacher_that_are_not_read() -> None:
     phases = {"a": {"thaw": "none", "epochs": 1, "layer_decay": 0.5, "augmented_views": 1}}
-    config = load(student({"phases": phases, "model": TEACHER | {"hidden_batch_norm": True}}))
+    config = validate_config(student({"phases": phases, "model": TEACHER | {"hidden_batch_norm": True}}))
     of_teacher = {key for key in find_unread_keys(config) if key.startswith("distillation")}
     assert of_teacher == {"distillation.model.hidden_batch_norm", "distillation.phases.a.layer_decay",
                           "distillation.phases.a.augmented_views"}  # fmt: skip
@@ -112,18 +120,20 @@ def test_keys_of_the_teacher_that_are_not_read() -> None:
 
 def test_a_run_that_has_begun_accepts_no_other_teacher() -> None:
     def changes(distillation: dict[str, Any]) -> list[str]:
-        before, now = (load_resolved(student(values)) for values in ({"phases": ONE}, distillation))
+        before, now = (validate_resolved_config(student(values)) for values in ({"phases": ONE}, distillation))
         return list_forbidden_changes(before, now)
 
     assert changes({"phases": ONE}) == []
     assert "distillation.model.image_size: 64 -> None" in changes({"phases": ONE, "model": {"backbone": "ResNet50"}})
     assert "distillation.phases.only.epochs: 2.0 -> 3.0" in changes({"phases": {"only": {"thaw": "all", "epochs": 3}}})
-    trained = load_resolved(tree(distillation={"teacher": "outputs/t"}))
-    assert "distillation.teacher: train -> outputs/t" in list_forbidden_changes(load_resolved(student({})), trained)
+    trained = validate_resolved_config(tree(distillation={"teacher": "outputs/t"}))
+    assert "distillation.teacher: train -> outputs/t" in list_forbidden_changes(
+        validate_resolved_config(student({})), trained
+    )
 
 
 def test_the_configuration_of_an_earlier_version_loads() -> None:
     saved = yaml.safe_dump(tree(distillation={"teacher": "outputs/t", "alpha": 0.2, "temperature": 2.0}))
-    config = load_resolved(parse_config(saved))
+    config = validate_resolved_config(parse_config(saved))
     assert config.distillation
     assert (config.distillation.model, config.distillation.phases) == (None, None)

@@ -7,7 +7,7 @@ import pytest
 
 from scripts import configuration_page
 from trainer.cli.compose import compose
-from trainer.config.schema import load
+from trainer.config.schema import validate_config
 
 SCHEMA = json.loads(configuration_page.SCHEMA.read_text())
 
@@ -27,7 +27,7 @@ def test_the_schema_is_current() -> None:  # the page: tests/test_pages.py
 def test_auto_fits_the_schema() -> None:  # the experiments: tests/test_recipes.py
     tree = compose(["data=digits", "phases=auto", "model=auto"]) or {}
     jsonschema.validate(tree, SCHEMA)
-    jsonschema.validate(load(tree).model_dump(mode="json"), SCHEMA)
+    jsonschema.validate(validate_config(tree).model_dump(mode="json"), SCHEMA)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from trainer.cli.compose import compose
 from trainer.cli.overrides import list_argument_keys
 from trainer.config.base import Duration
 from trainer.config.keys import add_defaults, classify_key, is_section, list_keys, list_union_members, suggest_key
-from trainer.config.schema import RequestedConfig, load
+from trainer.config.schema import RequestedConfig, validate_config
 from trainer.config.unread import _SOURCES, find_unread_keys, require_read
 from trainer.errors import ConfigError
 from trainer.serving.settings import Settings
@@ -89,7 +89,7 @@ def test_a_mistyped_key_is_searched_in_the_whole_tree(key: str, fix: str) -> Non
 )
 def test_a_key_at_a_wrong_depth_is_searched_too(arguments: list[str], key: str, fix: str) -> None:
     with raises(ConfigError) as caught:
-        load(compose(["data=digits", *arguments]) or {})
+        validate_config(compose(["data=digits", *arguments]) or {})
     (error,) = [error for error in caught.value.errors if error.key == key]
     assert fix in str(error.fix)
 
@@ -133,7 +133,7 @@ def list_errors(key: str, value: Any) -> list[str]:
         branch = branch.setdefault(name, {})
     branch[last] = value
     try:
-        config = load(whole)
+        config = validate_config(whole)
     except ConfigError as error:
         return [f"{listed}" if listed.fix else f"no fix: {listed}" for listed in error.errors]
     assert config.runtime.log_every.steps(10, 4) > 0
@@ -186,7 +186,7 @@ def test_an_extreme_value_is_valid_or_an_error_in_plain_words(key: str) -> None:
 )  # fmt: skip
 def test_bounds_addresses_and_types(changes: dict[str, Any], key: str, value: object, fix: str) -> None:
     with raises(ConfigError) as caught:
-        load(tree(**changes))
+        validate_config(tree(**changes))
     (error,) = caught.value.errors
     assert error.key == key
     assert value is None or error.value == value
@@ -195,7 +195,7 @@ def test_bounds_addresses_and_types(changes: dict[str, Any], key: str, value: ob
 
 def test_classes_and_runs_may_be_called_by_numbers() -> None:
     changes = {"experiment_name": 2024, "data": {"source": "tfrecords", "pattern": "x", "class_names": [0, 1.5, "x"]}}
-    config = load(tree(**changes, training__class_weights={0: 2}))
+    config = validate_config(tree(**changes, training__class_weights={0: 2}))
     assert config.experiment_name == "2024"
     assert config.data.class_names == ("0", "1.5", "x")
     assert config.training.class_weights == {"0": 2.0}
@@ -242,7 +242,7 @@ def test_classes_and_runs_may_be_called_by_numbers() -> None:
     ],
 )  # fmt: skip
 def test_a_key_that_is_not_read_is_rejected_by_name(arguments: list[str], reasons: dict[str, str]) -> None:
-    config = load(compose(arguments) or {})
+    config = validate_config(compose(arguments) or {})
     with raises(ConfigError) as caught:
         require_read(config, list_argument_keys(arguments))
     assert {error.key for error in caught.value.errors} == set(reasons)
@@ -253,7 +253,7 @@ def test_a_key_that_is_not_read_is_rejected_by_name(arguments: list[str], reason
 @pytest.mark.parametrize("split", ["null", "none"])
 def test_a_fraction_is_read_where_the_split_of_the_dataset_is_not_named(split: str) -> None:
     arguments = ["data=tfds", "data.name=x", f"data.test_split={split}", "data.test_fraction=0.1"]
-    require_read(load(compose(arguments) or {}), ["data.test_fraction"])
+    require_read(validate_config(compose(arguments) or {}), ["data.test_fraction"])
 
 
 @pytest.mark.parametrize(
@@ -265,7 +265,7 @@ def test_prepare_rejects_what_only_a_run_reads(key: str, capsys: pytest.CaptureF
 
 
 def test_a_value_that_an_experiment_brings_is_not_rejected() -> None:
-    config = load(compose(["experiment=beans_xception", "data=image_folder", "data.root=x"]) or {})
+    config = validate_config(compose(["experiment=beans_xception", "data=image_folder", "data.root=x"]) or {})
     assert "data.name" in find_unread_keys(config)
     require_read(config, ["data.root"])
 
@@ -291,6 +291,6 @@ def test_the_printed_configuration_has_every_key() -> None:
         return True
 
     assert [key for key in sorted(printed) if not has(whole, key)] == []
-    assert load(whole) == load(composed)
+    assert validate_config(whole) == validate_config(composed)
     assert whole["runtime"]["checkpoint_every"] == "1 epochs"
     assert list_union_members(int | None) == [int]

@@ -10,7 +10,7 @@ from tests.errors import raises
 from trainer.cli.compose import compose, find_conf_folder
 from trainer.config.base import RENAMED_KEYS, Duration
 from trainer.config.diff import flatten, list_forbidden_changes, select_common_settings
-from trainer.config.schema import RunConfig, load, load_resolved, parse_config
+from trainer.config.schema import RunConfig, parse_config, validate_config, validate_resolved_config
 from trainer.errors import ConfigError
 
 
@@ -90,7 +90,7 @@ CACHED = {"thaw": "none", "epochs": 3, "features": "cached", "augmented_views": 
 )  # fmt: skip
 def test_an_error_has_key_value_and_fix(changes: dict[str, Any], key: str, value: object, fix: str) -> None:
     with raises(ConfigError, problem=rf"^the configuration has 1 error:\n  {re.escape(key)}") as caught:
-        load(tree(**changes))
+        validate_config(tree(**changes))
     (error,) = caught.value.errors
     assert (error.key, error.value) == (key, value)
     assert error.problem
@@ -100,25 +100,25 @@ def test_an_error_has_key_value_and_fix(changes: dict[str, Any], key: str, value
 
 def test_all_errors_are_listed_one_per_line() -> None:
     with raises(ConfigError, problem=r"^the configuration has 4 errors:\n") as caught:
-        load(tree(seed=-1, modle=1, model__alpha=-2, phases__head__epochs=0))
+        validate_config(tree(seed=-1, modle=1, model__alpha=-2, phases__head__epochs=0))
     lines = str(caught.value).splitlines()[1:]
     assert lines == [f"  {error}" for error in caught.value.errors]
     assert len(lines) == 4
 
 
 def test_auto_is_a_value_until_the_data_is_open() -> None:
-    config = load({**tree(model__backbone="auto", training__batch_size="auto"), "phases": {"auto": ROWS}})
+    config = validate_config({**tree(model__backbone="auto", training__batch_size="auto"), "phases": {"auto": ROWS}})
     assert not isinstance(config, RunConfig)
     assert config.auto_keys == ["phases", "model.backbone", "training.batch_size"]
     assert select_common_settings(config)["training.batch_size"] == "auto"  # two workers must request the same
-    assert load(config.model_dump(mode="json")) == config
-    assert isinstance(load(tree()), RunConfig)
+    assert validate_config(config.model_dump(mode="json")) == config
+    assert isinstance(validate_config(tree()), RunConfig)
     with raises(ConfigError, key="training.batch_size", value="auto"):
-        load_resolved(tree(training__batch_size="auto"))
+        validate_resolved_config(tree(training__batch_size="auto"))
 
 
 def test_the_tree_is_frozen() -> None:
-    config = load(tree())
+    config = validate_config(tree())
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 3  # type: ignore[misc]
 
@@ -128,14 +128,14 @@ def test_the_tree_is_frozen() -> None:
     [("2 epochs", 20), ("7 steps", 7), ("64 examples", 16), ("0.25 epochs", 2), ("1 examples", 1), (5, 5)],
 )
 def test_durations(text: Any, steps: int) -> None:
-    config = load(tree(runtime__log_every=text))
+    config = validate_config(tree(runtime__log_every=text))
     assert config.runtime.log_every.steps(steps_per_epoch=10, batch_size=4) == steps
     assert Duration(count=0, unit="steps").steps(10, 4) == 0
 
 
 def test_some_differences_make_another_run() -> None:
     def changed(**changes: Any) -> list[str]:
-        return list_forbidden_changes(load_resolved(tree()), load_resolved(tree(**changes)))
+        return list_forbidden_changes(validate_resolved_config(tree()), validate_resolved_config(tree(**changes)))
 
     assert changed(seed=3) == ["seed: 42 -> 3"]
     assert changed(training__batch_size=64) == ["training.batch_size: 32 -> 64"]
@@ -148,11 +148,13 @@ def test_some_differences_make_another_run() -> None:
 
 
 def test_a_saved_configuration_loads_again_and_renamed_keys_in_it_too() -> None:
-    config = load(tree(phases__head__schedule={"name": "step", "decay": 0.1, "at": ["3 epochs", "9 steps"]}))
+    config = validate_config(tree(phases__head__schedule={"name": "step", "decay": 0.1, "at": ["3 epochs", "9 steps"]}))
     saved = yaml.safe_dump(config.model_dump(mode="json"))
     assert RunConfig.model_validate(parse_config(saved)) == config
     for old, new in RENAMED_KEYS.items():
-        assert load(parse_config(saved.replace(f" {new.split('.')[1]}:", f" {old.split('.')[1]}:"))) == config
+        assert (
+            validate_config(parse_config(saved.replace(f" {new.split('.')[1]}:", f" {old.split('.')[1]}:"))) == config
+        )
 
 
 def test_the_values_in_conf_are_the_defaults_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -160,11 +162,11 @@ def test_the_values_in_conf_are_the_defaults_of_the_model(monkeypatch: pytest.Mo
     files = {"": "config.yaml", "runtime.": "runtime/default.yaml", "debug.": "debug/none.yaml"}
     written = {prefix + key: value for prefix, file in files.items()
                for key, value in flatten(yaml.safe_load((find_conf_folder() / file).read_text())).items()}  # fmt: skip
-    composed, default = flatten(compose(["data=digits"])), load(tree())
+    composed, default = flatten(compose(["data=digits"])), validate_config(tree())
     keys = [key for key in written if not key.startswith(("hydra", "defaults"))]
     assert len(keys) > 30
     for key in keys:
-        assert load(tree(**{key.replace(".", "__"): composed[key]})) == default, key
+        assert validate_config(tree(**{key.replace(".", "__"): composed[key]})) == default, key
 
 
 @pytest.mark.parametrize(
@@ -180,5 +182,5 @@ def test_a_damaged_configuration_is_a_sentence(text: str) -> None:
 
 
 def test_a_key_that_is_a_number_is_rejected() -> None:
-    with raises(ConfigError, problem="the configuration has a key that is not a text, phases.1", fix="quotes"):
-        load({"phases": {1: {}}})
+    with raises(ConfigError, problem="the configuration has a key that is not a string, phases.1", fix="quotes"):
+        validate_config({"phases": {1: {}}})

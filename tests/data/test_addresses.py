@@ -11,7 +11,7 @@ import pytest
 from tests.data.images import encode_noise, fill_folder
 from tests.errors import raises
 from tests.storage.emulator import BUCKET, running
-from trainer.config.schema import RunConfig, load_resolved
+from trainer.config.schema import RunConfig, validate_resolved_config
 from trainer.data.images import ImageStore
 from trainer.data.open import stage_and_open_run_dataset
 from trainer.data.prepare import prepare
@@ -51,7 +51,7 @@ KINDS = pytest.mark.parametrize("name", list(DATA))
 
 
 def make_config(tmp_path: Path, **data: Any) -> RunConfig:
-    return load_resolved({
+    return validate_resolved_config({
         "data": {"validation_fraction": 0, "cache": "none", **data},
         "model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}},
         "runtime": {"cache_dir": str(tmp_path / "cache"), "progress": "lines"},

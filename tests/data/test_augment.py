@@ -23,7 +23,7 @@ from tests.data.augmented import (
     draw_numbers,
     draw_parameter,
 )
-from trainer.config.schema import Augmentation, load
+from trainer.config.schema import Augmentation, validate_config
 from trainer.data.augment import draws
 from trainer.data.augment.apply import augment
 
@@ -198,7 +198,7 @@ def compose_augmentation(name: str) -> Augmentation:
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         tree = OmegaConf.to_container(compose("config", ["data=digits", f"augmentation={name}"]), resolve=True)
     assert isinstance(tree, dict)
-    return load({str(key): value for key, value in tree.items()}).augmentation
+    return validate_config({str(key): value for key, value in tree.items()}).augmentation
 
 
 UNWARPED: dict[str, object] = {"rotation": 0.0, "shift": 0.0, "shear": 0.0, "zoom": 0.0, "stretch": 0.0}

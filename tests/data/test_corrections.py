@@ -13,7 +13,7 @@ from tests.data.images import encode_noise, fill_folder
 from tests.data.test_open import CLASSES, count_classes, open_folder, open_logged, write_records
 from tests.errors import raises
 from trainer.config.diff import list_forbidden_changes
-from trainer.config.schema import load_resolved
+from trainer.config.schema import validate_resolved_config
 from trainer.data.records import frame_record, locate_records, read_image, serialize_example
 from trainer.data.tfds_writer import LabeledImages, WriteOptions, write_dataset
 from trainer.errors import DataError
@@ -200,7 +200,7 @@ def test_a_run_does_not_resume_with_other_corrections(tmp_path: Path, pets: Path
 
     def config(file: str | None) -> Any:
         data = {"source": "image_folder", "root": "x", "corrections": file}
-        return load_resolved(
+        return validate_resolved_config(
             {"data": data, "model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}}}
         )
 

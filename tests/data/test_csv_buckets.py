@@ -11,7 +11,7 @@ from tests.data.images import encode_noise, fill_folder
 from tests.data.test_open import count_classes
 from tests.errors import raises
 from tests.storage.emulator import BUCKET, running
-from trainer.config.schema import RunConfig, load_resolved
+from trainer.config.schema import RunConfig, validate_resolved_config
 from trainer.data.images import ImageStore
 from trainer.data.open import OpenedData, stage_and_open_run_dataset
 from trainer.data.prepare import prepare
@@ -35,7 +35,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def make_config(tmp_path: Path, root: str, **data: Any) -> RunConfig:
-    return load_resolved({
+    return validate_resolved_config({
         "data": {"source": "csv", "root": root, "validation_fraction": 0, **data},
         "model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}},
         "runtime": {"cache_dir": str(tmp_path / "cache"), "progress": "lines"},

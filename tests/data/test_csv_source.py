@@ -10,7 +10,7 @@ from tests.data.images import encode_noise, fill_folder
 from tests.data.test_open import count_classes, open_folder, open_logged
 from tests.errors import raises
 from trainer.cli.source import choose_source, detect_source
-from trainer.config.schema import load
+from trainer.config.schema import validate_config
 from trainer.data.prepare import prepare
 from trainer.data.records import read_source_names
 from trainer.errors import DataError
@@ -183,14 +183,14 @@ def test_too_many_groups_are_rejected(tmp_path: Path) -> None:
 
 def test_a_csv_file_is_chosen_by_its_name(tmp_path: Path) -> None:
     file = write_table(tmp_path / "pets", HEAD, "My Labels.CSV")
-    assert detect_source(str(file))[0] == "csv"
+    assert detect_source(str(file)).source == "csv"
     assert choose_source([f"data.root={file}"])[0] == ["data=csv", f"data.root={file}"]
 
 
 def test_prepared_records_have_the_names_and_groups(tmp_path: Path, pets: Path) -> None:
     rows = [f"{row},{'train' if i % 3 else 'test'},{'ns'[i % 2]}" for i, row in enumerate(list_folder(pets))]
     file = write_table(pets, "\n".join(["file,label,split,site", *rows]))
-    config = load({
+    config = validate_config({
         "data": {"source": "csv", "root": str(file), "group_field": "site"},
         "model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}},
         "runtime": {"cache_dir": str(tmp_path / "cache"), "progress": "lines"},

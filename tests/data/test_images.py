@@ -16,7 +16,7 @@ from tests.data.images import serialize_record
 from tests.data.products import make_combinations
 from tests.data.splits_on_disk import COUNT, SIDE, encode_jpeg, open_pixels, write_file_split, write_shard_split
 from tests.errors import raises
-from trainer.config.schema import GIGABYTE, Augmentation, load
+from trainer.config.schema import GIGABYTE, Augmentation, validate_config
 from trainer.data.decoding import decode_image
 from trainer.data.host import count_usable_cpus, get_default_memory_budget, get_memory_limit_bytes
 from trainer.data.images import Pixels, convert_data_errors, plan_image_caches
@@ -264,13 +264,13 @@ def test_a_damaged_image_is_named_when_decoded_live(kind: str, training: bool, t
         for _ in (
             iterate_first_epoch(pixels)
             if training
-            else build_evaluation_batches(pixels, batch_size=8, replicas=1).dataset
+            else build_evaluation_batches(pixels, batch_size=8, num_replicas=1).dataset
         ):
             pass
 
 
 def iterate_first_epoch(pixels: Pixels) -> tf.data.Dataset:
-    batches = build_training_batches(pixels, Order(8, seed=1, window=10), replicas=2, augmentation=Augmentation())
+    batches = build_training_batches(pixels, Order(8, seed=1, window=10), num_replicas=2, augmentation=Augmentation())
     return batches.dataset.take(2 * 5)
 
 
@@ -400,7 +400,7 @@ def test_the_caches_of_all_splits_are_under_one_memory_budget() -> None:
     labels = np.zeros(9, np.int32)
     dataset = Dataset("x", ("a", "b"), {name: Split(name, labels) for name in ("train", "validation", "test")}, "")
     each = 10 * 4 * 4 * 3
-    config = load({
+    config = validate_config({
         "data": {"source": "digits"}, "model": {"backbone": "MobileNetV2"},
         "phases": {"head": {"thaw": "none", "epochs": 1}},
         "runtime": {"memory_budget_gb": 2.5 * each / GIGABYTE, "disk_budget_gb": each / GIGABYTE},

@@ -10,7 +10,7 @@ from tests.data.images import encode_noise, fill_folder
 from tests.data.splits_on_disk import open_pixels as pixels_of
 from tests.data.test_open import CLASSES, open_folder, open_logged
 from tests.errors import raises
-from trainer.config.schema import load
+from trainer.config.schema import validate_config
 from trainer.data.images import ImageStore, require_readable
 from trainer.data.open import OpenedData, require_validation
 from trainer.data.records import frame_record, serialize_example
@@ -98,7 +98,7 @@ def test_a_class_or_split_that_cannot_be_decoded_ends_the_run(tmp_path: Path, ca
 
 
 def open_store(splits: dict[str, Split], cache: str, folder: Path) -> ImageStore:
-    config = load({
+    config = validate_config({
         "data": {"source": "image_folder", "root": "x", "on_error": "skip", "cache": cache},
         "model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}},
         "runtime": {"cache_dir": str(folder / "cache")},

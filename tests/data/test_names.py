@@ -15,7 +15,7 @@ from tests.data.images import encode_noise, serialize_record
 from tests.errors import raises
 from tests.nasty import file_names
 from trainer.cli.overrides import parse_value
-from trainer.config.schema import Data, load
+from trainer.config.schema import Data, validate_config
 from trainer.config.typed import format_argument
 from trainer.data.images import CachePlan, Pixels, fill_cache
 from trainer.data.open import open_dataset
@@ -81,7 +81,7 @@ def test_nasty_names_are_opened_decoded_and_prepared(tmp_path: Path, seed: int) 
     options = {"source": "image_folder", "root": str(tmp_path / "photos")}
     tree = {"data": options, "model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}}}
     runtime = {"cache_dir": str(tmp_path / "cache"), "data_threads": 1}
-    prepare(load(tree | {"runtime": runtime}), str(tmp_path / "pre [2024]"))
+    prepare(validate_config(tree | {"runtime": runtime}), str(tmp_path / "pre [2024]"))
     assert (tmp_path / "pre [2024]" / "label.labels.txt").read_text().split("\n")[:-1] == list(dataset.class_names)
     again = open_folder(tmp_path, source="tfds", root=str(tmp_path / "pre [2024]"))
     assert again.class_names == dataset.class_names

@@ -20,7 +20,7 @@ from PIL import Image
 from tests.data.images import encode_noise, fill_folder
 from tests.errors import ANY, raises
 from tests.processes import run_python
-from trainer.config.schema import Data, load
+from trainer.config.schema import Data, validate_config
 from trainer.data.image_folder import SUPPORTED_LAYOUT_FIX
 from trainer.data.open import open_dataset, open_run_dataset, require_validation
 from trainer.data.records import index_shard, locate_records, read_image
@@ -764,7 +764,7 @@ def test_wrong_patterns_are_named(
 
 def test_overfitting_trains_on_one_batch_and_scores_it(tmp_path: Path) -> None:
     fill_folder(tmp_path / "photos", dict.fromkeys(CLASSES, 10))
-    config = load({
+    config = validate_config({
         "data": {"source": "image_folder", "root": str(tmp_path / "photos"), "test_fraction": 0.2},
         "model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}},
         "training": {"batch_size": 6}, "debug": {"overfit": True}, "runtime": {"cache_dir": str(tmp_path / "cache")},

@@ -38,7 +38,7 @@ def take_batches(
     **changes: Any,
 ) -> Batches:  # fmt: skip
     order = replace(ORDER, first_epoch=epoch, first_step=step, **changes)
-    batches = build_training_batches(pixels, order, replicas=replicas, augmentation=augmentation)
+    batches = build_training_batches(pixels, order, num_replicas=replicas, augmentation=augmentation)
     return list(batches.dataset.take(count).as_numpy_iterator())
 
 
@@ -109,7 +109,7 @@ MIX_SPECS = {"other_label": tf.TensorSpec([4], tf.int32), "mix": tf.TensorSpec([
     ids=describe_source,
 )  # fmt: skip
 def test_elements_are_batches_of_static_shape(sources: Sources, source: str, augmentation: Augmentation) -> None:
-    batches = build_training_batches(sources.pixels(source), ORDER, replicas=2, augmentation=augmentation)
+    batches = build_training_batches(sources.pixels(source), ORDER, num_replicas=2, augmentation=augmentation)
     assert batches.dataset.element_spec == {
         "image": tf.TensorSpec([4, SIDE, SIDE, 3], tf.uint8),
         "label": tf.TensorSpec([4], tf.int32),
@@ -300,7 +300,7 @@ def test_evaluation_by_several_workers_counts_every_example_once(sources: Source
     seen = []
     for worker in range(workers):
         sharding, pixels = Sharding(worker, workers), sources.pixels(source)
-        batches = build_evaluation_batches(pixels, batch_size=workers * 4, replicas=2, sharding=sharding)
+        batches = build_evaluation_batches(pixels, batch_size=workers * 4, num_replicas=2, sharding=sharding)
         for batch in batches.dataset.take(batches.count * 2).as_numpy_iterator():
             assert len(batch["index"]) == 2
             seen += list(batch["index"][batch["weight"] > 0])
@@ -309,7 +309,7 @@ def test_evaluation_by_several_workers_counts_every_example_once(sources: Source
 
 @pytest.mark.parametrize("source", SOURCES)
 def test_evaluation_counts_every_example_once(sources: Sources, source: str) -> None:
-    scoring = build_evaluation_batches(sources.pixels(source), batch_size=BATCH, replicas=2)
+    scoring = build_evaluation_batches(sources.pixels(source), batch_size=BATCH, num_replicas=2)
     assert scoring.count == STEPS
     batches = list(scoring.dataset.take(STEPS * 2).as_numpy_iterator())
     weight, index = (np.concatenate([b[name] for b in batches]) for name in ("weight", "index"))
@@ -322,7 +322,7 @@ def test_evaluation_counts_every_example_once(sources: Sources, source: str) -> 
 
 @pytest.mark.parametrize("source", make_combinations(lambda source: source != "files-none", SOURCES))
 def test_evaluation_of_a_fraction(sources: Sources, source: str) -> None:
-    scoring = build_evaluation_batches(sources.pixels(source), batch_size=BATCH, replicas=1, fraction=0.5)
+    scoring = build_evaluation_batches(sources.pixels(source), batch_size=BATCH, num_replicas=1, fraction=0.5)
     assert scoring.count == 3
     batches = list(scoring.dataset.take(3).as_numpy_iterator())
     index = np.concatenate([b["index"] for b in batches])
@@ -366,8 +366,8 @@ features.array = mapped("features", np.float32, (many + 1, 5, 5, 512))
 before, running = own_mb(), []
 for source in (pixels, features):
     assert source.array.nbytes > 300e6
-    running.append(iter(build_training_batches(source, Order(32, seed=5, window=12), replicas=1, augmentation=Augmentation()).dataset))
-    running.append(iter(build_evaluation_batches(source, batch_size=32, replicas=1).dataset))
+    running.append(iter(build_training_batches(source, Order(32, seed=5, window=12), num_replicas=1, augmentation=Augmentation()).dataset))
+    running.append(iter(build_evaluation_batches(source, batch_size=32, num_replicas=1).dataset))
 for batches in running:
     next(batches)
 print("MB", own_mb() - before)

@@ -18,7 +18,7 @@ from tests.data.test_orientation import encode_photo
 from tests.disks import fill, small_disk
 from tests.errors import raises
 from tests.waiting import wait_until
-from trainer.config.schema import load
+from trainer.config.schema import validate_config
 from trainer.data.prepare import prepare
 from trainer.data.records import frame_record, locate_records, read_source_name, serialize_example
 from trainer.data.tfds_folder import DatasetFolder
@@ -33,7 +33,7 @@ from trainer.types import Split
 
 def prepare_folder(tmp_path: Path, root: Path, **data: Any) -> Path:
     """The folder that `trainer.prepare` writes of an image folder, all of it for training."""
-    config = load({
+    config = validate_config({
         "data": {"source": "image_folder", "root": str(root), "validation_fraction": 0, **data},
         "model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}},
         "runtime": {"cache_dir": str(tmp_path / "cache"), "progress": "lines"},

@@ -99,7 +99,7 @@ def taken(
     pixels: Pixels, order: Order, steps: int, call: int = 1, augmentation: Augmentation = PLAIN, replicas: int = 1
 ) -> Batches:
     """Training batches, `call` steps between two gates, as in the training loop."""
-    training = build_training_batches(pixels, order, replicas=replicas, augmentation=augmentation)
+    training = build_training_batches(pixels, order, num_replicas=replicas, augmentation=augmentation)
     gate, stream = training.open_gate(), iter(training.dataset)
     batches: Batches = []
     for first in range(0, steps, call):

@@ -12,7 +12,7 @@ import tensorflow_datasets as tfds
 from tests.data.images import encode_noise, serialize_record
 from tests.data.test_open import CLASSES, open_logged, write_records
 from tests.errors import raises
-from trainer.config.schema import load
+from trainer.config.schema import validate_config
 from trainer.data.prepare import prepare
 from trainer.data.records import read_groups
 from trainer.errors import ConfigError, DataError
@@ -114,7 +114,7 @@ def test_fields_without_groups_are_named(tmp_path: Path, clinic: Path) -> None:
 def test_a_prepared_dataset_has_the_field_in_every_split(tmp_path: Path, clinic: Path, field: str) -> None:
     data = {"source": "tfds", "root": str(clinic), "group_field": field, "shards": 2}
     runtime = {"cache_dir": str(tmp_path / "cache"), "progress": "lines", "data_threads": 1}
-    prepare(load({**REST, "data": data, "runtime": runtime}), str(tmp_path / "out"))
+    prepare(validate_config({**REST, "data": data, "runtime": runtime}), str(tmp_path / "out"))
     before = open_logged(tmp_path, **data, purpose="prepare")
     again = {**data, "root": str(tmp_path / "out")}
     after = open_logged(tmp_path, **again, purpose="prepare")
@@ -131,7 +131,7 @@ def test_a_prepared_dataset_has_the_field_in_every_split(tmp_path: Path, clinic:
 
 def test_a_field_that_prepared_records_need_is_rejected(tmp_path: Path, clinic: Path) -> None:
     names = {"class_names": ["a", "b", "c"], "label_field": "ward", "group_field": "label"}
-    config = load({**REST, "data": {"source": "tfrecords", "pattern": f"{clinic}/*", **names}})
+    config = validate_config({**REST, "data": {"source": "tfrecords", "pattern": f"{clinic}/*", **names}})
     with raises(ConfigError, "data.group_field", "label", "set another field", "store the image or the label"):
         prepare(config, str(tmp_path / "out"))
 

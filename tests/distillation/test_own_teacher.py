@@ -10,7 +10,7 @@ from tests.errors import raises
 from tests.runs.test_folder import FINISHED, NEW, SAVED, STARTED, make_run_in_state
 from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import discover
-from trainer.config.schema import RunConfig, configure_teacher, load_resolved
+from trainer.config.schema import RunConfig, derive_teacher_config, validate_resolved_config
 from trainer.distillation.own_teacher import choose_teacher_or_student, locate_teacher, must_train, rename_teacher_keys
 from trainer.errors import ConfigError, DataError
 from trainer.runs.folder import is_finished, open_run_folder
@@ -20,11 +20,13 @@ from trainer.storage.path import StoragePath, storage_path
 def make_config(home: StoragePath, tmp_path: Path, **changes: Any) -> RunConfig:
     distillation = {"teacher": "train", "model": {"backbone": "ResNet50"}}
     cache = str(tmp_path / "cache")
-    return load_resolved(tree(output_dir=str(home), runtime__cache_dir=cache, distillation=distillation, **changes))
+    return validate_resolved_config(
+        tree(output_dir=str(home), runtime__cache_dir=cache, distillation=distillation, **changes)
+    )
 
 
 def get_teacher_config(config: RunConfig) -> RunConfig:
-    teacher = configure_teacher(config)
+    teacher = derive_teacher_config(config)
     assert isinstance(teacher, RunConfig)
     return teacher
 
@@ -77,7 +79,7 @@ def test_a_folder_that_the_student_cannot_use_is_rejected_before_the_teacher_tra
 def test_another_run_cannot_use_the_folder_of_a_teacher(home: StoragePath, tmp_path: Path) -> None:
     config = make_config(home, tmp_path)
     make_run_in_state(get_teacher_config(config), SAVED)
-    alone = load_resolved(tree(output_dir=str(home), runtime__cache_dir=str(tmp_path / "cache")))
+    alone = validate_resolved_config(tree(output_dir=str(home), runtime__cache_dir=str(tmp_path / "cache")))
     with raises(ConfigError, "output_dir", str(home), "empty folder", r"holds no run \(teacher\)"):
         open_run_folder(alone)
     other = make_config(home, tmp_path, seed=5)
@@ -115,7 +117,7 @@ def make_folder_hint(folder: Any) -> str:
 
 
 def test_runs_without_such_a_teacher_are_unchanged(tmp_path: Path) -> None:
-    config = load_resolved(tree(output_dir=str(tmp_path / "run"), distillation={"teacher": "outputs/t"}))
+    config = validate_resolved_config(tree(output_dir=str(tmp_path / "run"), distillation={"teacher": "outputs/t"}))
     assert choose(config) == (config, None)
     assert not (tmp_path / "run").exists()
 

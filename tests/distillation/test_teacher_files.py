@@ -11,7 +11,7 @@ import yaml
 
 from tests.errors import raises
 from tests.storage.emulator import BUCKET, running
-from trainer.config.schema import load
+from trainer.config.schema import validate_config
 from trainer.distillation.teacher_files import (
     check_classes,
     describe_teacher,
@@ -32,7 +32,7 @@ def leave_run(folder: Path, values: dict[str, Any] | None = None, keep: str = "b
     settings = {"data": {"source": "digits"}, "model": {"backbone": "Xception", "image_size": 96},
             "phases": {"head": {"thaw": "none", "epochs": 1}}, "training": {"keep": keep}}  # fmt: skip
     folder.mkdir(parents=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(load(settings).model_dump(mode="json")))
+    (folder / "config.yaml").write_text(yaml.safe_dump(validate_config(settings).model_dump(mode="json")))
     (folder / "run.json").write_text(json.dumps({"classes": CLASSES}))
     checkpoints = CheckpointFolder(folder / "checkpoints", 2, print)
     checkpoints.save({"step": 1, "best": {"step": 1}}, values or VALUES, 1)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trainer.config.schema import RunConfig, load
+from trainer.config.schema import RunConfig, validate_config
 from trainer.data.images import ImageStore
 from trainer.data.open import OpenedData
 from trainer.errors import DataError
@@ -23,7 +23,7 @@ from trainer.types import Dataset, Split, SplitPredictions
 
 
 def make_config(on_error: str = "fail") -> RunConfig:
-    return load({
+    return validate_config({
         "data": {"source": "digits", "cache": "none", "on_error": on_error},
         "model": {"backbone": "MobileNetV2", "alpha": 0.35, "image_size": 32, "weights": "none"},
         "phases": {"head": {"thaw": "none", "epochs": 1}}, "export": {"formats": ["keras"]},

@@ -57,7 +57,7 @@ REPORT: dict[str, Any] = {
 
 def a_config() -> dict[str, Any]:
     tune = {"thaw": "from_layer:100", "steps": 500, "optimizer": {"learning_rate": 1e-5}}
-    return config.load({
+    return config.validate_config({
         "data": {"source": "digits"}, "augmentation": {"rotation": 10},
         "model": {"backbone": "MobileNetV2", "weights": "imagenet", "alpha": 0.35, "resize": "crop"},
         "phases": {"head": {"thaw": "none", "epochs": 3}, "fine_tune": tune},

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests.errors import raises
-from trainer.config.schema import RunConfig, load
+from trainer.config.schema import RunConfig, validate_config
 from trainer.errors import ConfigError, ModelError
 from trainer.features.cut import Cut
 from trainer.features.plan import (
@@ -32,7 +32,9 @@ def make_config(**changes: Any) -> RunConfig:
     phase = {"thaw": "none", "epochs": 3} | {k: v for k, v in changes.items() if k in PHASE}
     more = {k: v for k, v in changes.items() if k not in PHASE}
     training = {"batch_size": BATCH}
-    return load({"data": {"source": "digits"}, "model": MODEL, "phases": {"head": phase}, "training": training} | more)
+    return validate_config(
+        {"data": {"source": "digits"}, "model": MODEL, "phases": {"head": phase}, "training": training} | more
+    )
 
 
 PHASE = ("thaw", "epochs", "features", "augmented_views", "features_dtype")
@@ -113,7 +115,7 @@ def test_features_of_lower_precision_are_stored_in_it(computed: str, stored: str
 
 
 def test_a_division_has_the_updated_variables(classifier: Classifier) -> None:
-    configured = load({
+    configured = validate_config({
         "data": {"source": "digits"}, "model": MODEL,
         "phases": {
             "head": {"thaw": "none", "epochs": 1},
@@ -134,6 +136,6 @@ def test_a_division_has_the_updated_variables(classifier: Classifier) -> None:
 
 def test_a_rule_that_matches_nothing_names_its_phase(classifier: Classifier) -> None:
     phases = {"head": {"thaw": "none", "epochs": 1}, "second": {"thaw": "last_blocks:99", "epochs": 1}}
-    configured = load({"data": {"source": "digits"}, "model": MODEL, "phases": phases})
+    configured = validate_config({"data": {"source": "digits"}, "model": MODEL, "phases": phases})
     with pytest.raises(ModelError, match=r"^phases\.second(: |\.)thaw=last_blocks:99: "):
         divide_phases(configured, classifier)

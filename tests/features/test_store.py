@@ -66,7 +66,9 @@ def test_batches_hold_the_rows_of_the_epochs_view(tmp_path: Path, memory: int) -
     features.finish_writing()
     features.unreadable[3] = "damaged"
     assert features.cached_in == ("memory" if memory == NEEDED else "disk")
-    batches = build_training_batches(features, Order(4, seed=5, window=COUNT), replicas=1, augmentation=Augmentation())
+    batches = build_training_batches(
+        features, Order(4, seed=5, window=COUNT), num_replicas=1, augmentation=Augmentation()
+    )
     stream = batches.dataset.as_numpy_iterator()
     for epoch in range(3):
         parts = [next(stream) for _ in range(3)]
@@ -246,7 +248,7 @@ def test_a_view_is_the_augmentation_of_the_epoch_of_its_number(tmp_path: Path) -
     seen = []
     for view in (0, 1):
         batches = build_indexed_batches(
-            pixels, chosen, rows=4, replicas=1, view=EpochAugmentation(augmentation, 5, view)
+            pixels, chosen, rows_per_batch=4, num_replicas=1, view=EpochAugmentation(augmentation, 5, view)
         )
         (batch,) = batches.dataset.take(1).as_numpy_iterator()
         expected = augment(pixels.read_images(chosen), augmentation, 5, np.full(4, view), chosen)
@@ -256,7 +258,7 @@ def test_a_view_is_the_augmentation_of_the_epoch_of_its_number(tmp_path: Path) -
     assert (seen[0] != seen[1]).any()
     count = splits_on_disk.COUNT
     order = Order(count, seed=5, window=count, first_epoch=2)
-    batches = build_training_batches(pixels, order, replicas=1, augmentation=augmentation, views=2)
+    batches = build_training_batches(pixels, order, num_replicas=1, augmentation=augmentation, num_views=2)
     third, fourth = batches.dataset.take(2).as_numpy_iterator()
     for view, batch in enumerate((third, fourth)):
         rows = np.argsort(batch["index"])[chosen]

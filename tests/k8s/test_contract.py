@@ -30,7 +30,7 @@ from trainer.cli.arguments import parse_arguments
 from trainer.cli.compose import compose
 from trainer.cli.sweep import select_job
 from trainer.cluster.discovery import DEFAULT_PORT, discover
-from trainer.config.schema import RequestedConfig, load
+from trainer.config.schema import RequestedConfig, validate_config
 from trainer.data.prepare import parse_job_part
 from trainer.errors import ConfigError
 from trainer.storage import lease
@@ -155,7 +155,7 @@ def _configuration(arguments: tuple[str, ...], sweep_job: str) -> RequestedConfi
     own = tuple(f"{key}=" for key in commands)
     composed: dict[str, Any] | None = compose([a for a in selected if not a.startswith(own)])
     assert composed is not None
-    return load(composed)
+    return validate_config(composed)
 
 
 @pytest.mark.parametrize("pods", JOBS, ids=get_name)

@@ -25,7 +25,7 @@ from tests.processes import ROOT, run_python
 from tests.storage.emulator import BUCKET, running
 from trainer import __version__
 from trainer.cli.compose import compose
-from trainer.config.schema import load
+from trainer.config.schema import validate_config
 from trainer.data import prepare as preparing
 from trainer.data.images import Pixels
 from trainer.data.pipeline import EpochAugmentation, build_indexed_batches
@@ -135,8 +135,8 @@ def test_the_same_arguments_give_the_same_bytes_and_leave_no_other_file(
 def test_images_are_those_of_training(photos: Path) -> None:
     """Examples, also turned ones, and augmented views have the bits of the input pipeline."""
     given = ["data=image_folder", f"data.root={photos}", "augmentation=standard", "seed=5", *SMALL]
-    resolved, content = examine(load(compose(given) or {}), 100)
-    _, data = open_data(load(compose(given) or {}))
+    resolved, content = examine(validate_config(compose(given) or {}), 100)
+    _, data = open_data(validate_config(compose(given) or {}))
     train = data.dataset.splits["train"]
     pixels = Pixels(train, 32, "stretch", "skip")
     names = [train.name_of(i) for i in range(train.count)]
@@ -147,7 +147,7 @@ def test_images_are_those_of_training(photos: Path) -> None:
     indices = np.array(sorted(each.index for each in content.images.augmented))
     assert [train.labels[i] for i in indices] in ([0, 1], [1, 0])
     view = EpochAugmentation(resolved.augmentation, 5, 3)
-    batch = next(iter(build_indexed_batches(pixels, indices, rows=2, replicas=1, view=view).dataset))
+    batch = next(iter(build_indexed_batches(pixels, indices, rows_per_batch=2, num_replicas=1, view=view).dataset))
     for row, index in enumerate(indices):
         (views,) = (each.views for each in content.images.augmented if each.index == index)
         np.testing.assert_array_equal(batch["image"][row], views[3])
@@ -160,7 +160,7 @@ def test_marked_photos_are_shown_as_training_uses_them(tmp_path: Path, orientati
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(encode_image(image, orientation=6))
     given = [f"data.root={tmp_path}", "data=image_folder", f"data.orientation={orientation}", *SMALL]
-    content = examine(load(compose(given) or {}), 100)[1]
+    content = examine(validate_config(compose(given) or {}), 100)[1]
     assert content.facts.orientations == {6: 4}
     assert content.facts.aspects["1:2 to 3:4" if orientation == "exif" else "16:9 to 2:1"] == 4
     assert ("data.orientation=exif" in [s.arguments for s in content.suggestions]) == (orientation == "ignore")
@@ -210,7 +210,7 @@ def test_record_shards_in_a_bucket_and_a_page_in_one(tmp_path: Path) -> None:
     root = fill_folder(tmp_path / "photos", {"cat": 20, "dog": 20})
     with running(tmp_path / "buckets"):
         address = f"gs://{BUCKET}/photos"
-        config = load(compose(["data=image_folder", f"data.root={root}", "data.shards=4", *SMALL]) or {})
+        config = validate_config(compose(["data=image_folder", f"data.root={root}", "data.shards=4", *SMALL]) or {})
         preparing.prepare(config, address)
         cache = f"runtime.cache_dir={tmp_path}/cache"
         summary = show("data=tfds", f"data.root={address}", *SMALL, cache, "images=16", f"output=gs://{BUCKET}/out")

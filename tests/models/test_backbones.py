@@ -94,7 +94,7 @@ def load_phases(group: str) -> list[config.Phase]:
     """The phases of a group of the configuration."""
     tree = compose([f"phases={group}", "data=digits"])
     assert tree is not None
-    return list(config.load(tree).phases.values())
+    return list(config.validate_config(tree).phases.values())
 
 
 @pytest.mark.parametrize(

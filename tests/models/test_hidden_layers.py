@@ -14,7 +14,7 @@ from tests.models.test_classifier import build, get_built, make_images
 from tests.processes import result_of
 from tests.training.small_network import assert_near
 from trainer.cluster.devices import check_batch_size
-from trainer.config.schema import load, load_resolved
+from trainer.config.schema import validate_config, validate_resolved_config
 from trainer.config.unread import find_unread_keys
 from trainer.errors import ConfigError
 from trainer.exporting.bundle import as_plain_float32
@@ -75,7 +75,9 @@ def test_the_moving_averages_of_the_head_are_neither_trained_nor_forgotten() -> 
     assert len(plan.groups["head, trains"]) == 10
     assert len(plan.groups["batch norm, moving averages"]) == 4
     assert not plan.batch_norm_training  # of the backbone
-    config = load_resolved(tree(model__hidden=[6, 5], model__hidden_batch_norm=True, phases__head__thaw="none"))
+    config = validate_resolved_config(
+        tree(model__hidden=[6, 5], model__hidden_batch_norm=True, phases__head__thaw="none")
+    )
     division = next(iter(divide_phases(config, classifier).values()))
     assert "head/hidden_2_norm/moving_variance" in division.updated
     assert division.cut is not None
@@ -183,16 +185,16 @@ def test_a_keras_model_has_only_layers_of_keras() -> None:
 )
 def test_hidden_layers_that_cannot_be_built_are_rejected(changes: dict[str, Any], key: str) -> None:
     with raises(ConfigError) as caught:
-        load(tree(**{f"model__{name}": value for name, value in changes.items()}))
+        validate_config(tree(**{f"model__{name}": value for name, value in changes.items()}))
     (error,) = caught.value.errors
     assert error.key == key
 
 
 def test_batch_norm_without_hidden_layers_is_not_read_and_a_batch_of_one_cannot_be_normalized() -> None:
-    assert "model.hidden_batch_norm" in find_unread_keys(load(tree(model__hidden_batch_norm=True)))
+    assert "model.hidden_batch_norm" in find_unread_keys(validate_config(tree(model__hidden_batch_norm=True)))
     both = {"model__hidden": [4], "model__hidden_batch_norm": True}
-    assert "model.hidden_batch_norm" not in find_unread_keys(load(tree(**both)))
+    assert "model.hidden_batch_norm" not in find_unread_keys(validate_config(tree(**both)))
     for training in ({"batch_size": 1}, {"batch_size": 8, "virtual_replicas": 8}, {"batch_size": 8, "accumulate": 8}):
         with raises(ConfigError, key="model.hidden_batch_norm", value="true"):
-            check_batch_size(load_resolved(tree(**both, training=training)), 1)
-    check_batch_size(load_resolved(tree(**both, training={"batch_size": 8, "accumulate": 4})), 1)
+            check_batch_size(validate_resolved_config(tree(**both, training=training)), 1)
+    check_batch_size(validate_resolved_config(tree(**both, training={"batch_size": 8, "accumulate": 4})), 1)

@@ -39,7 +39,7 @@ def test_a_slow_activity_is_logged_while_it_lasts(lines: Lines) -> None:
         assert lines.second.wait(PATIENCE)
     assert re.fullmatch(r"still compiling the first step of phase head, for \d+ s", lines.messages[0])
     count, threads = len(lines.messages), [thread.name for thread in threading.enumerate()]
-    assert "slow" not in threads, "nothing is logged after the end"
+    assert "log-while-slow" not in threads, "nothing is logged after the end"
     assert count == len(lines.messages)
 
 
@@ -47,4 +47,4 @@ def test_a_quick_activity_is_not_logged_even_if_it_fails(lines: Lines) -> None:
     with pytest.raises(ValueError, match="x"), log_while_slow("compiling", first_log_seconds=3600):
         raise ValueError("x")
     assert not lines.messages
-    assert "slow" not in [thread.name for thread in threading.enumerate()]
+    assert "log-while-slow" not in [thread.name for thread in threading.enumerate()]

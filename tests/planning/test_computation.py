@@ -14,7 +14,7 @@ from tests.processes import ROOT
 from trainer.cli.compose import compose
 from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import discover
-from trainer.config.schema import RunConfig, load
+from trainer.config.schema import RunConfig, validate_config
 from trainer.errors import ConfigError
 from trainer.models.backbones import find_backbone, get_backbones
 from trainer.models.classifier import Classifier, build_classifier
@@ -44,7 +44,7 @@ NOT_DETERMINISTIC = {
 
 
 def make_config(xla: bool | str = "auto", deterministic: bool = True, backbone: str = "MobileNetV2") -> RunConfig:
-    config = load({
+    config = validate_config({
         "data": {"source": "digits"}, "phases": {"head": {"thaw": "none", "epochs": 1}},
         "model": {"backbone": backbone, "weights": "none", "image_size": find_backbone(backbone).min_size},
         "runtime": {"xla": xla, "deterministic": deterministic},
@@ -112,7 +112,7 @@ def test_a_run_on_a_cpu_with_set_values_logs_no_decision(capsys: pytest.CaptureF
 
 @pytest.mark.parametrize("preset", ["gpu", "gpu_pod"])
 def test_the_presets_of_gpus_leave_both_to_the_device(preset: str) -> None:
-    runtime = load(compose(["data=digits", "model=resnet50", f"runtime={preset}"]) or {}).runtime
+    runtime = validate_config(compose(["data=digits", "model=resnet50", f"runtime={preset}"]) or {}).runtime
     assert (runtime.precision, runtime.xla, runtime.deterministic) == ("auto", "auto", True)
 
 

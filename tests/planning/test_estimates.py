@@ -15,7 +15,7 @@ from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import Cluster
 from trainer.cluster.signals import StopFlag
 from trainer.cluster.worker import Worker
-from trainer.config.schema import RunConfig, load, load_resolved
+from trainer.config.schema import RunConfig, validate_config, validate_resolved_config
 from trainer.data.images import ImageStore
 from trainer.data.open import stage_and_open_run_dataset
 from trainer.data.sharding import UNSHARDED
@@ -42,7 +42,7 @@ GB = 10**9
 def test_the_advice_is_about_what_does_not_fit(
     decoded: int, activations: int, cache: str, key: str, value: object, fix: str
 ) -> None:
-    config = load_resolved(tree(data={"source": "digits", "cache": cache}))
+    config = validate_resolved_config(tree(data={"source": "digits", "cache": cache}))
     uses = [("variables", GB), (ACTIVATIONS, activations), (DECODED, decoded)]
     with raises(ConfigError, key=key, value=value, problem="needs about .* has 8.00 GB", fix=fix):
         check_device_memory(config, uses, 8 * GB, 1)
@@ -55,7 +55,7 @@ def teacher_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def open_student(folder: Path, teacher: Path, *overrides: str) -> ImageStore:
     """Open the digits for a student, with a cache below `folder`."""
-    config = load(compose([
+    config = validate_config(compose([
         "data=digits", "model=glyphs_mobilenet_v2", "model.image_size=32", "debug.max_examples=60",
         f"distillation.teacher={teacher}", f"runtime.cache_dir={folder / 'cache'}", *overrides,
     ]) or {})  # fmt: skip

@@ -8,12 +8,13 @@ import pytest
 
 from tests.config.test_schema import tree
 from trainer.config.batch_size import FOOTPRINTS, Footprint
-from trainer.config.schema import Model, RunConfig, load_resolved
+from trainer.config.schema import Model, RunConfig, validate_resolved_config
 from trainer.models.backbones import get_backbones
 from trainer.models.classifier import Classifier, build_classifier, count_parameters
 from trainer.models.freezing import set_trainable_layers
 from trainer.planning.estimates import PhasePlan, estimate_activations, plan_phases
-from trainer.planning.gpu_memory import describe_gpu_memory, find_device_warnings
+from trainer.planning.gpu_memory import describe_gpu_memory
+from trainer.planning.warnings import find_device_warnings
 from trainer.types import CPU, Device
 
 H200 = Device("GPU", "NVIDIA H200", (9, 0), 150_754_820_096)
@@ -27,7 +28,7 @@ def warn(
     device: Device = H200, cpus: int = 16, replicas: int = 1, cached_in: str = "memory", **settings: Any
 ) -> list[str]:
     settings = {"runtime__precision": "bfloat16", **settings}
-    return find_device_warnings(load_resolved(tree(**settings)), device, cpus, replicas, cached_in)
+    return find_device_warnings(validate_resolved_config(tree(**settings)), device, cpus, replicas, cached_in)
 
 
 @pytest.mark.parametrize(
@@ -50,10 +51,10 @@ def test_a_precision_without_the_tensor_cores_is_a_warning(device: Device, preci
 @pytest.mark.parametrize(
     ("facts", "work"),
     [
-        ({"cpus": 4, "cached_in": "none"}, "4 CPUs decode about 3,780"),
+        ({"cpus": 4, "cached_in": "none"}, "4 CPUs can decode about 3,780"),
         ({"cpus": 5, "cached_in": "none"}, None),
-        ({"cpus": 8, "cached_in": "none", "replicas": 2}, "8 CPUs decode about 7,560"),
-        ({"cpus": 1, "augmentation__rotation": 10}, "1 CPUs augment about 2,950"),
+        ({"cpus": 8, "cached_in": "none", "replicas": 2}, "8 CPUs can decode about 7,560"),
+        ({"cpus": 1, "augmentation__rotation": 10}, "1 CPU can augment about 2,950"),
         ({"cpus": 2, "augmentation__rotation": 10}, None),
         ({"cpus": 1}, None),  # read from memory as they are
         ({"cpus": 1, "cached_in": "none", "device": CPU}, None),
@@ -69,7 +70,7 @@ def test_too_few_cpus_for_the_decoder_are_a_warning(facts: dict[str, Any], work:
 
 def make_config(precision: str) -> RunConfig:
     phases = {"head": {"thaw": "none", "epochs": 1}, "all": {"thaw": "all", "epochs": 1}}
-    return load_resolved(tree(phases=phases, runtime__precision=precision))
+    return validate_resolved_config(tree(phases=phases, runtime__precision=precision))
 
 
 @pytest.fixture(scope="module")

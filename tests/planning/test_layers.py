@@ -5,7 +5,7 @@ import re
 import keras
 import pytest
 
-from trainer.config.schema import load_resolved
+from trainer.config.schema import validate_resolved_config
 from trainer.models.classifier import build_classifier
 from trainer.planning.estimates import plan_phases
 from trainer.planning.layers import format_layers
@@ -20,7 +20,7 @@ PHASES = {
 
 @pytest.fixture(scope="module")
 def tables() -> dict[int, list[str]]:
-    config = load_resolved(
+    config = validate_resolved_config(
         {"data": {"source": "digits"}, "model": MODEL, "phases": PHASES, "runtime": {"precision": "bfloat16"}}
     )
     before = keras.config.dtype_policy()

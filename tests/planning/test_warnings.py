@@ -6,7 +6,7 @@ import pytest
 
 from trainer.cli.compose import compose, list_choices
 from trainer.config.phases import Phase
-from trainer.config.schema import load_resolved
+from trainer.config.schema import validate_resolved_config
 from trainer.planning.warnings import find_rate_warnings, find_settings_warnings
 
 
@@ -50,5 +50,5 @@ def test_the_rate_that_a_warning_advises_has_no_warning() -> None:
 
 @pytest.mark.parametrize("choice", [name for name in list_choices("phases") if name != "auto"])
 def test_no_group_of_phases_has_the_warning(choice: str) -> None:
-    config = load_resolved(compose(["data=digits", f"phases={choice}"]) or {})
+    config = validate_resolved_config(compose(["data=digits", f"phases={choice}"]) or {})
     assert not [warning for warning in find_settings_warnings(config) if "thawed layers" in warning]

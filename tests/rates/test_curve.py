@@ -53,7 +53,7 @@ def test_the_rate_grows_from_the_lowest_to_the_highest() -> None:
     phase = Phase.model_validate({"thaw": "none", "epochs": 3, "schedule": {"name": "cosine", "warmup": "2 epochs"},
                                   "optimizer": {"name": "sgd", "momentum": 0.9}})  # fmt: skip
     bounds = Bounds(1e-5, 1e-1)
-    test = make_test_phase(phase, bounds, per_epoch=19)
+    test = make_test_phase(phase, bounds, steps_per_epoch=19)
     assert test.steps == 101
     assert test.optimizer.momentum == 0.9
     rate = build_schedule(

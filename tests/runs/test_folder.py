@@ -10,7 +10,7 @@ import pytest
 
 from tests.config.test_schema import tree
 from tests.errors import raises
-from trainer.config.schema import RunConfig, load_resolved
+from trainer.config.schema import RunConfig, validate_resolved_config
 from trainer.errors import ConfigError, DataError, GaveUp, Interrupted
 from trainer.runs.checkpoints import CheckpointFolder
 from trainer.runs.folder import (
@@ -30,7 +30,7 @@ NEW, STARTED, SAVED, FINISHED = "new", "begun", "saved", "finished"
 
 
 def load_config(folder: object, cache: Path, **changes: Any) -> RunConfig:
-    return load_resolved(tree(output_dir=str(folder), runtime__cache_dir=str(cache), **changes))
+    return validate_resolved_config(tree(output_dir=str(folder), runtime__cache_dir=str(cache), **changes))
 
 
 def make_dataset(fingerprint: str) -> Dataset:

@@ -8,13 +8,13 @@ import yaml
 
 from tests.errors import raises
 from tests.runs.test_folder import load_config
-from trainer.config.schema import load
+from trainer.config.schema import validate_config
 from trainer.errors import ConfigError, DataError
 from trainer.runs.checkpoints import CheckpointFolder
 from trainer.runs.folder import make_worker_run_folder, parse_run_json
 from trainer.runs.stored_run import find_checkpoint, find_run
 
-CONFIG = load(
+CONFIG = validate_config(
     {
         "data": {"source": "digits"},
         "model": {"backbone": "MobileNetV2"},

@@ -11,12 +11,12 @@ from tests.data.images import encode_noise
 from tests.errors import raises
 from tests.nasty import paths
 from tests.storage.emulator import Emulator, running
-from trainer.config.schema import load
+from trainer.config.schema import validate_config
 from trainer.data.open import stage_and_open_run_dataset
 from trainer.data.tfds_writer import ImageSource, LabeledImages, WriteOptions, write_dataset
 from trainer.distillation.teacher_files import describe_teacher
 from trainer.errors import DataError
-from trainer.planning.checks import fetch_metadata, plan_staging
+from trainer.planning.checks import download_to_temporary_folder, plan_staging
 from trainer.runs.checkpoints import read_pointer
 from trainer.runs.publisher import fetch_run
 from trainer.storage.base import ObjectInfo
@@ -54,7 +54,7 @@ def test_class_names_next_to_records_in_a_bucket_number_the_classes(in_bucket: S
     write_dataset(in_bucket, LabeledImages("pets", ("cat", "dog"), {"train": examples}), WriteOptions(shards=3))
     data = {"source": "tfrecords", "pattern": f"{in_bucket}/*.tfrecord*", "class_names": ["dog", "cat"]}
     tree = {"data": data, "model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}}}
-    config = load(tree | {"runtime": {"cache_dir": str(tmp_path)}})
+    config = validate_config(tree | {"runtime": {"cache_dir": str(tmp_path)}})
     for _ in range(2):
         dataset = stage_and_open_run_dataset(config, lambda _: None, lambda _: None).dataset
         assert dataset.splits["validation"].labels.tolist() == [1, 0, 1, 0]
@@ -64,7 +64,7 @@ def opened(root: str, cache: Path) -> object:
     data = {"source": "image_folder", "root": root}
     tree = {"data": data, "model": {"backbone": "MobileNetV2"}, "phases": {"head": {"thaw": "none", "epochs": 1}}}
     return stage_and_open_run_dataset(
-        load(tree | {"runtime": {"cache_dir": str(cache)}}), lambda _: None, lambda _: None
+        validate_config(tree | {"runtime": {"cache_dir": str(cache)}}), lambda _: None, lambda _: None
     )
 
 
@@ -258,7 +258,7 @@ def test_the_copy_of_a_folder_has_its_name(in_bucket: StoragePath, tmp_path: Pat
     assert (one.folder.name, other.folder.name) == (in_bucket.name, in_bucket.name)
     assert one.folder != other.folder  # each process has its own
     assert (one.folder.parent / ".lock").exists()
-    with fetch_metadata(address, []) as folder:
+    with download_to_temporary_folder(address, []) as folder:
         assert Path(folder).name == in_bucket.name
 
 

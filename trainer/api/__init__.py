@@ -58,7 +58,8 @@ def train(*overrides: str, show_log: bool = True) -> Result:
         CommandFailed: the run's exit code is not 0; the error's `exit_code` is this code.
         KeyboardInterrupt: the call was interrupted; the run has stopped.
     """
-    config, arguments = load(*overrides), list(overrides)
+    config = load(*overrides)
+    arguments = list(overrides)
     address = config.output_dir
     if address is None:
         address = str(create_output_folder(config.experiment_name))

@@ -20,7 +20,7 @@ import sys
 
 from trainer.backbones.candidates import configure_comparison, parse_candidates, parse_folds
 from trainer.cli.arguments import parse_arguments
-from trainer.cli.compose import compose, is_sweep, load_and_require_read
+from trainer.cli.compose import compose, load_and_require_read, requests_sweep
 from trainer.cli.overrides import list_argument_keys, map_argument_values
 from trainer.cli.process import choose_and_log_source, exit_with_code, start_monitoring, suppress_import_noise
 from trainer.errors import ConfigError
@@ -37,17 +37,18 @@ def main() -> None:
         arguments, overrides = parse_arguments(
             sys.argv[1:] or ["--help"], __doc__, ARGUMENTS, other_arguments=r"[^-](?s:.*)"
         )
-        candidates, folds = parse_candidates(arguments["among"]), parse_folds(arguments.get("folds"))
-        if is_sweep(overrides):
+        candidates = parse_candidates(arguments["among"])
+        num_folds = parse_folds(arguments.get("folds"))
+        if requests_sweep(overrides):
             raise ConfigError("a sweep is of runs", fix="remove sweep=..., among=[...] lists the networks")
         overrides = choose_and_log_source(overrides)
         composed = compose(overrides)
         assert composed is not None, "no argument is one of Hydra's flags"
         config = load_and_require_read(composed, overrides)
         explicit_keys = list_argument_keys(overrides) | map_argument_values(overrides).keys()
-        choices = configure_comparison(config, candidates, explicit_keys)
-        start_monitoring(config, 0, 1)
+        comparison_config = configure_comparison(config, candidates, explicit_keys)
+        start_monitoring(config, worker_index=0, num_workers=1)
         health.enter_phase("backbones")
         with suppress_import_noise():
             from trainer.backbones.comparison import compare_backbones  # here, because it imports TensorFlow
-        compare_backbones(choices, arguments.get("output", DEFAULT_OUTPUT), folds)
+        compare_backbones(comparison_config, arguments.get("output", DEFAULT_OUTPUT), num_folds)

@@ -30,12 +30,12 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Choices:
+class ComparisonConfig:
     """The backbones to compare, as `model` sections, and the configuration that they have in common."""
 
-    config: RequestedConfig  # has a single phase, which trains the head
-    phase: str  # name of that phase
-    models: dict[str, Model]  # label in the table -> `model` section that replaces the one in `config`
+    common: RequestedConfig  # has a single phase, which trains the head
+    head_phase: str  # name of that phase
+    models: dict[str, Model]  # label in the table -> `model` section that replaces the one in `common`
 
 
 def parse_candidates(text: str) -> list[Candidate]:
@@ -75,7 +75,7 @@ def parse_folds(text: str | None) -> int | None:
     return int(text)
 
 
-def configure_comparison(config: RequestedConfig, candidates: Sequence[Candidate], given: Set[str]) -> Choices:
+def configure_comparison(config: RequestedConfig, candidates: Sequence[Candidate], given: Set[str]) -> ComparisonConfig:
     """Derive the configuration of a comparison: the first phase with thaw=none, no augmentation, a model per backbone.
 
     The composed `config` has the weights and the image size of one backbone. They apply to all backbones only if the
@@ -132,7 +132,7 @@ def configure_comparison(config: RequestedConfig, candidates: Sequence[Candidate
     update = {
         "phases": {phase_name: head_phase}, "augmentation": Augmentation(), "distillation": None, "output_dir": None,
     }  # fmt: skip
-    return Choices(config.model_copy(update=update), phase_name, models)
+    return ComparisonConfig(config.model_copy(update=update), phase_name, models)
 
 
 def _require_image_size(spec: BackboneSpec, model: Model) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import tensorflow as tf
 
-from trainer.backbones.candidates import Choices, find_image_size
-from trainer.backbones.folds import FoldPlan, plan_folds, pool_examples
-from trainer.backbones.measure import ignore_retracing, measure, open_network, score_fold
+from trainer.backbones.candidates import ComparisonConfig, find_image_size
+from trainer.backbones.folds import HOLD_OUT, FoldPlan, plan_folds, pool_examples
+from trainer.backbones.measure import ignore_retracing, measure_size_and_speed, open_backbone, train_and_score_fold
 from trainer.backbones.results import (
     RESULTS,
     FoldResult,
@@ -49,51 +49,62 @@ FETCH_ACTIVITY = "while {} was fetched"  # completes the StopRequested message; 
 class Comparison:
     """State that all backbones in a comparison have in common."""
 
-    config: RunConfig  # with all `auto` values resolved; `model` is replaced for each backbone
+    # With all `auto` values resolved. `model` is replaced for each backbone. Until then, it is that of the first one,
+    # with weights "none".
+    config: RunConfig
     data: OpenedData  # its train split pools the train and validation examples
-    folds: FoldPlan
+    fold_plan: FoldPlan
     worker: Worker
     machine: str  # description of device and CPU cores; stored timings are reused only if it is equal
     output: StoragePath
 
 
-def compare_backbones(choices: Choices, output: str, folds: int | None) -> None:
+def compare_backbones(comparison_config: ComparisonConfig, output: str, num_folds: int | None) -> None:
     """Evaluate the backbones, print a table, and write index.html and backbones.json to the folder `output`.
 
     The backbones are evaluated in ascending order of image size, so that backbones with equal image sizes use the same
     decoded images. The table is sorted by accuracy, best first.
 
     Args:
-        choices: the backbones by label, and the configuration that they have in common.
+        comparison_config: the backbones by label, and the configuration that they have in common.
         output: local or gs:// folder that is empty or contains the results of an earlier comparison.
-        folds: the number of folds; None to derive it from the number of examples.
+        num_folds: the number of folds; None to derive it from the number of examples.
 
     Raises:
         TrainerError: an argument, the data or the weights of a backbone cannot be used.
         StopRequested: after a signal. The same command resumes from the stored results.
     """
     ignore_retracing()  # each fold trains a new head with a new tf.function, so the warning is noise
-    folder = storage_path(output.rstrip("/"))
-    require_comparison_folder(folder)
+    output_folder = storage_path(output.rstrip("/"))
+    require_comparison_folder(output_folder)
     stop = StopFlag()
-    models = {label: _fetch_weights(choices.config, model, stop) for label, model in choices.models.items()}
-    comparison = _open_comparison(choices, next(iter(models.values())), folder, folds, stop)
-    measured, images = dict[str, EvaluatedBackbone](), None
+    weights = {label: model.weights for label, model in comparison_config.models.items()}  # as the user wrote them
+    models = {
+        label: _fetch_weights(comparison_config.common, model, stop)
+        for label, model in comparison_config.models.items()
+    }
+    first_model = next(iter(models.values()))
+    comparison = _open_comparison(comparison_config.common, first_model, output_folder, num_folds, stop)
+    image_sizes = {label: find_image_size(model) for label, model in models.items()}
+    labels_by_size = sorted(models, key=lambda label: image_sizes[label])
+    evaluated: dict[str, EvaluatedBackbone] = {}
+    images: ImageStore | None = None
     with show_addresses_in_errors(comparison.data.addresses):
-        order = sorted(models, key=lambda label: find_image_size(models[label]))
-        for position, label in enumerate(order, 1):
-            log.info(f"{label} ({position} of {len(order)}), weights {choices.models[label].weights}")
-            if images is None or images.size != find_image_size(models[label]):
-                images = _open_images(comparison, find_image_size(models[label]))
-                later_sizes = [find_image_size(models[other]) for other in order[position:]]
+        for position, label in enumerate(labels_by_size, 1):
+            log.info(f"{label} ({position} of {len(labels_by_size)}), weights {weights[label]}")
+            if images is None or images.size != image_sizes[label]:
+                images = _open_images(comparison, image_sizes[label])
+                # Each backbone reads the images once, to compute its features. Decoded images need to be cached only if
+                # a later backbone has the same image size.
+                later_sizes = [image_sizes[other] for other in labels_by_size[position:]]
                 images.train_images_read_once = images.size not in later_sizes
-            measured[label] = _evaluate_backbone(comparison, label, models[label], images)
+            evaluated[label] = _evaluate_backbone(comparison, label, models[label], images)
     facts = ComparisonFacts(
-        dataset=comparison.data.dataset, folds=comparison.folds, machine=comparison.machine, phase=choices.phase,
-        settings=comparison.config.phases[choices.phase],
-        weights={label: model.weights for label, model in choices.models.items()},
+        dataset=comparison.data.dataset, fold_plan=comparison.fold_plan, machine=comparison.machine,
+        phase=comparison_config.head_phase, settings=comparison.config.phases[comparison_config.head_phase],
+        weights=weights,
     )  # fmt: skip
-    write_results(folder, rank([measured[label] for label in models], facts), facts)
+    write_results(output_folder, rank([evaluated[label] for label in models], facts), facts)
 
 
 def _fetch_weights(config: RequestedConfig, model: Model, stop: StopFlag) -> Model:
@@ -117,26 +128,43 @@ def _find_local_weights(model: Model) -> Path | None:
 
 
 def _open_comparison(
-    choices: Choices, model: Model, output: StoragePath, folds: int | None, stop: StopFlag
+    common_config: RequestedConfig, first_model: Model, output: StoragePath, num_folds: int | None, stop: StopFlag
 ) -> Comparison:
-    """Open the data, assign the examples to folds, choose the devices, and resolve `auto` as a run of `model` does."""
-    no_weights = choices.config.model_copy(update={"model": model.model_copy(update={"weights": "none"})})
+    """Open the data, assign the examples to folds, choose the devices, and resolve `auto`.
+
+    The `auto` values are those of a run of the first backbone, and apply to all backbones, so that their heads are
+    trained with the same settings.
+
+    Args:
+        common_config: the configuration that all backbones have in common.
+        first_model: `model` section of the first backbone.
+        output: folder of the results.
+        num_folds: the number of folds; None to derive it from the number of examples.
+        stop: stop flag of this process.
+    """
+    # Its weights are not used here, and are fetched already.
+    no_weights = common_config.model_copy(update={"model": first_model.model_copy(update={"weights": "none"})})
     data = stage_and_open_run_dataset(no_weights, log.info, lambda address: stop.check(FETCH_ACTIVITY.format(address)))
     pool = pool_examples(data.dataset)
-    split, field = pool.splits["train"], no_weights.data.group_field
-    plan = plan_folds(data.dataset, folds, no_weights.data.split_seed, read_groups(split, field) if field else None)
-    usage = "scored" if plan.num_folds == 1 else f"in {plan.num_folds} folds"
-    log.info(f"data: {pool.name}, {len(pool.class_names)} classes, {split.count:,} examples {usage} ({plan.reason})")
-    control, (_, num_replicas) = ControlChannel(discover({}), {}), choose_devices(no_weights.runtime, 1)
-    num_train = len(plan.get_indices(0)[0])
-    config, reasons = resolve_auto(no_weights, num_train, len(pool.class_names), detect_device(), replicas=num_replicas)
+    split = pool.splits["train"]
+    group_field = no_weights.data.group_field
+    groups = read_groups(split, group_field) if group_field else None
+    fold_plan = plan_folds(data.dataset, num_folds, no_weights.data.split_seed, groups)
+    usage = "scored" if fold_plan.num_folds == HOLD_OUT else f"in {fold_plan.num_folds} folds"
+    num_classes = len(pool.class_names)
+    log.info(f"data: {pool.name}, {num_classes} classes, {split.count:,} examples {usage} ({fold_plan.reason})")
+    # The cluster of an empty environment is a single worker, which has no connections.
+    control = ControlChannel(discover(environment={}), connections={})
+    _, num_replicas = choose_devices(no_weights.runtime, num_workers=1)
+    num_train = len(fold_plan.get_indices(0)[0])
+    config, reasons = resolve_auto(no_weights, num_train, num_classes, detect_device(), num_replicas=num_replicas)
     for reason in reasons:
         log.info(reason)
     config, _ = limit_batch_size(config, num_train, num_replicas)
     worker = Worker(control, build_strategy(config, control, log.info, count_usable_cpus()), stop)
-    stop.install()  # again: TensorFlow replaces the signal handlers
+    stop.install()  # a second time after its constructor, because TensorFlow replaces the signal handlers
     machine = f"{detect_device().describe(num_replicas)}, {count_usable_cpus()} cores ({platform.machine()})"
-    return Comparison(config, replace(data, dataset=pool), plan, worker, machine, output)
+    return Comparison(config, replace(data, dataset=pool), fold_plan, worker, machine, output)
 
 
 def _open_images(comparison: Comparison, size: int) -> ImageStore:
@@ -146,43 +174,48 @@ def _open_images(comparison: Comparison, size: int) -> ImageStore:
 
 def _evaluate_backbone(comparison: Comparison, label: str, model: Model, images: ImageStore) -> EvaluatedBackbone:
     """Read a backbone's stored results, and compute the missing ones. Times from another machine are measured again."""
-    config, worker, dataset = comparison.config, comparison.worker, comparison.data.dataset
-    config = config.model_copy(update={"model": model})
+    worker, dataset, fold_plan = comparison.worker, comparison.data.dataset, comparison.fold_plan
+    config = comparison.config.model_copy(update={"model": model})
     folder = comparison.output / RESULTS / make_folder_name(model.backbone, _make_cache_key(comparison, config))
     result_folder = ResultFolder(folder, dataset.splits["train"].count, len(dataset.class_names))
-    results_by_fold: dict[int, FoldResult | None] = {
-        fold: result_folder.read_fold(fold) for fold in range(comparison.folds.num_folds)
-    }
+    stored_results = [result_folder.read_fold(fold) for fold in range(fold_plan.num_folds)]
     measurements: Measurements | None = result_folder.read_measurements()
     if measurements is not None and measurements.machine != comparison.machine:
         measurements = None
-    if measurements is not None and all(results_by_fold.values()):
+    if measurements is not None and all(stored_results):
         log.info(f"  read from {folder}, computed before")
-        return EvaluatedBackbone(label, [result for result in results_by_fold.values() if result], measurements)
+        return EvaluatedBackbone(label, [result for result in stored_results if result], measurements)
     with worker.strategy.scope():
         classifier = build_classifier(model, len(dataset.class_names), config.seed)
-    network = open_network(config, worker, images, classifier)
+    backbone = open_backbone(config, worker, images, classifier)
     labels = dataset.splits["train"].labels
-    for fold, result in results_by_fold.items():
-        health.set_activity(f"{label}, fold {fold + 1} of {len(results_by_fold)}")
+    results: list[FoldResult] = []
+    for fold, stored_result in enumerate(stored_results):
+        health.set_activity(f"{label}, fold {fold + 1} of {fold_plan.num_folds}")
+        result = stored_result
         if result is None:
-            results_by_fold[fold] = result = score_fold(network, comparison.folds, fold)
+            result = train_and_score_fold(backbone, fold_plan, fold)
             result_folder.write_fold(fold, result)
         accuracy = (result.predictions == labels[result.indices]).mean()
-        log.info(f"  fold {fold + 1} of {len(results_by_fold)}: accuracy {accuracy:.4f}")
+        log.info(f"  fold {fold + 1} of {fold_plan.num_folds}: accuracy {accuracy:.4f}")
+        results.append(result)
     if measurements is None:
-        measurements = measure(network, comparison.machine)
+        measurements = measure_size_and_speed(backbone, comparison.machine)
         result_folder.write_measurements(measurements)
-    return EvaluatedBackbone(label, [result for result in results_by_fold.values() if result], measurements)
+    return EvaluatedBackbone(label, results, measurements)
 
 
 def _make_cache_key(comparison: Comparison, config: RunConfig) -> Mapping[str, Any]:
-    """Return everything that a backbone's predictions depend on. A weights file is represented by its checksum."""
-    dataset, weights_file = comparison.data.dataset, _find_local_weights(config.model)
+    """Return everything that a backbone's predictions depend on. A weights file is represented by its checksum.
+
+    The names of the entries are part of the hash in the name of the backbone's folder, so that they must not change.
+    """
+    dataset = comparison.data.dataset
+    weights_file = _find_local_weights(config.model)
     weights = config.model.weights if weights_file is None else f"{compute_file_crc32c(weights_file):08x}"
     return {
         "data": dataset.fingerprint, "classes": list(dataset.class_names), "orientation": config.data.orientation,
-        "folds": hashlib.sha256(comparison.folds.fold_of_example.tobytes()).hexdigest(),
+        "folds": hashlib.sha256(comparison.fold_plan.fold_of_example.tobytes()).hexdigest(),
         "window": config.data.shuffle_window,
         "model": config.model.model_dump(mode="json")
         | {"weights": weights, "image_size": find_image_size(config.model)},

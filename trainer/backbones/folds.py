@@ -89,7 +89,9 @@ def plan_folds(
             name = dataset.class_names[missing_classes[0]]
             problem = f"all examples of {name} are of groups in one fold, which leaves none to train on"
             raise DataError(problem, fix="use fewer folds, or data.group_field=null")
-    return FoldPlan(fold_of, num_folds, reason + ", grouped" * (groups is not None))
+    if groups is not None:
+        reason += ", grouped"
+    return FoldPlan(fold_of, num_folds, reason)
 
 
 def _assign_folds(labels: np.ndarray, num_folds: int, seed: int, groups: Sequence[str] | None) -> np.ndarray:

@@ -1,14 +1,15 @@
 """Store the results of a comparison: a folder per backbone, with a file per fold and a file of sizes and times.
 
-The name of a backbone's folder contains a hash of everything that its predictions depend on. So a later start, or
-another comparison with the same output folder, reads a stored result only if it would compute the same one.
+The name of a backbone's folder contains a hash of its cache key, which is everything that its predictions depend on. So
+an interrupted comparison that is started again, or another one with the same output folder, reads a stored result only
+if it would compute the same one.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,8 +19,10 @@ from trainer.names import escape_unprintable, make_file_stem
 from trainer.storage.path import StoragePath
 from trainer.storage.small_files import read_json, require_json_object, require_nonnegative
 
-FORMAT = 1  # part of the hash; increment it when the content of the files changes
-RESULTS, SUMMARY = "results", "backbones.json"  # names in the output folder: the folder of all results, and the summary
+T = TypeVar("T")
+FORMAT = 1  # part of the hash of a cache key; increment it when the content of the files changes
+RESULTS = "results"  # name of the folder in the output folder that contains the results of all backbones
+SUMMARY = "backbones.json"  # name of the summary in the output folder
 
 
 @dataclass(frozen=True)
@@ -33,34 +36,40 @@ class FoldResult:
 
 @dataclass(frozen=True)
 class Measurements:
-    """Sizes of a backbone with its head, and the time of its forward pass on one machine."""
+    """Sizes of a backbone with its head, and the time of its forward pass on one machine.
+
+    The names of the fields are the keys of measurements.json.
+    """
 
     image_size: int  # height and width, pixels
     parameters: int  # number of values in all variables
     bytes: int  # total size of all variables
     single_ms: float  # median time of a batch of one image
-    batch_ms: float  # median time of a batch of `batch_rows` images, divided by `batch_rows`
-    batch_rows: int
+    batch_ms: float  # time per image: median time of a batch of `batch_rows` images, divided by `batch_rows`
+    batch_rows: int  # number of images in that batch
     machine: str  # description of the machine on which the times were measured
 
 
 def require_comparison_folder(folder: StoragePath) -> None:
-    """Raise a ConfigError if a folder has files but no comparison, so that results are not mixed with other files."""
+    """Raise a ConfigError if a folder has files but no comparison, so that results are not mixed with other files.
+
+    A folder that is empty or does not exist is accepted too, because a new comparison can be written to it.
+    """
     names = {info.path.name for info in folder.list(recursive=False)} | {child.name for child in folder.folders()}
     if names and not names & {RESULTS, SUMMARY}:
         problem = f"is not empty and holds no comparison ({escape_unprintable(min(names))})"
         raise ConfigError(problem, key="output", value=str(folder), fix="give an empty folder, or that of a comparison")
 
 
-def make_folder_name(network: str, identity: Mapping[str, Any]) -> str:
+def make_folder_name(backbone: str, cache_key: Mapping[str, Any]) -> str:
     """Return the name of a backbone's folder, such as `mobilenet_v2-0a1b2c3d4e5f`.
 
     Args:
-        network: name of the backbone.
-        identity: everything that the backbone's predictions depend on, JSON-serializable.
+        backbone: name of the backbone.
+        cache_key: everything that the backbone's predictions depend on, JSON-serializable.
     """
-    digest = hashlib.sha256(json.dumps({"format": FORMAT, **identity}, sort_keys=True).encode())
-    return f"{make_file_stem(network)}-{digest.hexdigest()[:12]}"
+    digest = hashlib.sha256(json.dumps({"format": FORMAT, **cache_key}, sort_keys=True).encode())
+    return f"{make_file_stem(backbone)}-{digest.hexdigest()[:12]}"
 
 
 @dataclass(frozen=True)
@@ -68,8 +77,8 @@ class ResultFolder:
     """The stored results of one backbone."""
 
     folder: StoragePath  # it may not exist yet
-    examples: int  # number of examples in the pool
-    classes: int  # number of classes
+    num_examples: int  # in the pool of train and validation examples
+    num_classes: int
 
     def read_fold(self, fold: int) -> FoldResult | None:
         """Return the stored result of a fold, or None if there is none or it is corrupt."""
@@ -92,17 +101,19 @@ class ResultFolder:
         """Parse the content of a fold's file. Raise one of `CONTENT_ERRORS` if it is invalid."""
         fields = require_json_object(value)
         indices, predictions = (np.asarray(fields[key]) for key in ("indices", "predictions"))
-        for array, limit in ((indices, self.examples), (predictions, self.classes)):
+        for array, limit in ((indices, self.num_examples), (predictions, self.num_classes)):
             if array.ndim != 1 or array.dtype.kind != "i" or not ((array >= 0) & (array < limit)).all():
                 raise ValueError("not a list of indices")
-        if len(indices) != len(predictions) or not len(indices) or (np.diff(indices) <= 0).any():
-            raise ValueError("not a prediction for each example")
+        if not len(indices) or (np.diff(indices) <= 0).any():
+            raise ValueError("the example indices are not increasing, or there are none")
+        if len(indices) != len(predictions):
+            raise ValueError("the number of predictions is not that of the examples")
         return FoldResult(indices, predictions, require_nonnegative(fields["seconds"]))
 
-    def _read(self, name: str, parse: Any) -> Any:
+    def _read(self, name: str, parse: Callable[[Any], T]) -> T | None:
         """Read a JSON file with `parse`. Return None if it does not exist or, with a warning, if it is corrupt."""
         try:
-            return read_json(self.folder / name, parse, "")
+            return read_json(self.folder / name, parse, fix="")
         except DataError as error:
             log.warning(f"{error.problem}; computing it again")
             return None

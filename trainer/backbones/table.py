@@ -30,7 +30,7 @@ class EvaluatedBackbone:
     """A backbone's fold results and measurements."""
 
     label: str  # name of the backbone in the table
-    folds: Sequence[FoldResult]
+    fold_results: Sequence[FoldResult]
     measurements: Measurements
 
 
@@ -39,7 +39,7 @@ class ComparisonFacts:
     """What all backbones in the table have in common, and each backbone's weights."""
 
     dataset: Dataset  # its train split pools the train and validation examples
-    folds: FoldPlan
+    fold_plan: FoldPlan
     machine: str  # description of the machine that computes this comparison
     phase: str  # name of the phase that trains the head
     settings: Phase  # settings of that phase
@@ -54,7 +54,7 @@ class Row:
     weights: str
     accuracy: float  # over the predictions of all folds
     interval: tuple[float, float]  # 95 % confidence interval of the accuracy
-    examples: int  # number of scored examples
+    num_examples: int  # number of scored examples
     fold_accuracies: list[float]
     measurements: Measurements
     train_seconds: float  # seconds to compute a fold's training features and train its head, mean over the folds
@@ -72,7 +72,7 @@ class Row:
         return self.p is not None and self.p < SIGNIFICANCE_LEVEL
 
 
-def rank(networks: Sequence[EvaluatedBackbone], facts: ComparisonFacts) -> list[Row]:
+def rank(backbones: Sequence[EvaluatedBackbone], facts: ComparisonFacts) -> list[Row]:
     """Score the backbones on the examples that all of them have predicted, and compare each with the best one.
 
     Returns:
@@ -80,32 +80,34 @@ def rank(networks: Sequence[EvaluatedBackbone], facts: ComparisonFacts) -> list[
         first.
     """
     labels = facts.dataset.splits["train"].labels
-    predictions = [_join_folds(network.folds, len(labels)) for network in networks]
+    predictions = [_join_folds(backbone.fold_results, len(labels)) for backbone in backbones]
     common_indices = np.flatnonzero(np.all([predicted >= 0 for predicted in predictions], axis=0))
     correct = [predicted[common_indices] == labels[common_indices] for predicted in predictions]
-    order = sorted(range(len(networks)), key=lambda i: (-int(correct[i].sum()), networks[i].measurements.parameters, i))
+    parameter_counts = [backbone.measurements.parameters for backbone in backbones]
+    order = sorted(range(len(backbones)), key=lambda i: (-int(correct[i].sum()), parameter_counts[i], i))
     best_index = order[0]
     pairs = {i: compare_paired(correct[best_index], correct[i]) for i in order[1:]}
     adjusted_p_values = dict(zip(pairs, adjust_p_values([pair.p for pair in pairs.values()]), strict=True))
     rows = []
     for i in order:
-        network, num_correct, measurements = networks[i], int(correct[i].sum()), networks[i].measurements
-        head_seconds = [result.seconds for result in network.folds]
-        num_train = [len(facts.folds.get_indices(fold)[0]) for fold in range(facts.folds.num_folds)]
+        backbone, measurements = backbones[i], backbones[i].measurements
+        num_correct = int(correct[i].sum())
+        head_seconds = [result.seconds for result in backbone.fold_results]
+        num_train = [len(facts.fold_plan.get_indices(fold)[0]) for fold in range(facts.fold_plan.num_folds)]
         rows.append(Row(
-            label=network.label, weights=facts.weights[network.label], accuracy=num_correct / len(common_indices),
-            interval=compute_wilson_interval(num_correct, len(common_indices)), examples=len(common_indices),
-            fold_accuracies=[float((r.predictions == labels[r.indices]).mean()) for r in network.folds],
+            label=backbone.label, weights=facts.weights[backbone.label], accuracy=num_correct / len(common_indices),
+            interval=compute_wilson_interval(num_correct, len(common_indices)), num_examples=len(common_indices),
+            fold_accuracies=[float((r.predictions == labels[r.indices]).mean()) for r in backbone.fold_results],
             measurements=measurements, pair=pairs.get(i), p=adjusted_p_values.get(i),
             train_seconds=float(np.mean(head_seconds) + np.mean(num_train) * measurements.batch_ms / 1e3),
         ))  # fmt: skip
     return rows
 
 
-def _join_folds(folds: Sequence[FoldResult], count: int) -> np.ndarray:
-    """Return the predicted class of each example, int64 [count], or -1 if no fold has predicted the example."""
-    predictions = np.full(count, -1, np.int64)
-    for result in folds:
+def _join_folds(fold_results: Sequence[FoldResult], num_examples: int) -> np.ndarray:
+    """Return the predicted class of each example, int64 [num_examples], or -1 if no fold has predicted the example."""
+    predictions = np.full(num_examples, -1, np.int64)
+    for result in fold_results:
         predictions[result.indices] = result.predictions
     return predictions
 
@@ -138,21 +140,22 @@ def format_table(rows: Sequence[Row]) -> list[str]:
                  f"{_format_3_digits(costs.parameters / 1e6)}M", _format_3_digits(costs.bytes / 1e6),
                  _format_3_digits(costs.single_ms), _format_3_digits(costs.batch_ms), f"{row.train_seconds:.0f}s",
                  p)  # fmt: skip
-        lines.append(line(row.label + " *" * row.is_random, cells))
+        lines.append(line(f"{row.label} *" if row.is_random else row.label, cells))
     return lines
 
 
 def describe(rows: Sequence[Row], facts: ComparisonFacts) -> list[str]:
     """Return the lines below the printed table and on the page: examples, head, and the recommended backbone."""
-    n, num_folds, settings = rows[0].examples, facts.folds.num_folds, facts.settings
+    num_folds, settings = facts.fold_plan.num_folds, facts.settings
     examples = "validation examples" if num_folds == HOLD_OUT else f"out-of-fold predictions, {num_folds} folds"
     sentences = [
-        f"n = {n:,} {examples} ({facts.folds.reason})",
+        f"n = {rows[0].num_examples:,} {examples} ({facts.fold_plan.reason})",
         f"head: {settings.duration.count:g} {settings.duration.unit} of {settings.optimizer.name} "
         f"{settings.optimizer.learning_rate:g}; {facts.machine}",
     ]
     if len(rows) > 1:
-        cheapest, not_worse = find_fastest(rows), [row for row in rows[1:] if not row.is_worse]
+        cheapest = find_fastest(rows)
+        not_worse = [row for row in rows[1:] if not row.is_worse]
         if not_worse:
             sentences.append(f"no significant difference from the best: {', '.join(row.label for row in not_worse)}")
             sentences.append(f"the fastest of these, with batches of one image: {cheapest.label}")
@@ -169,12 +172,12 @@ def explain_columns(rows: Sequence[Row]) -> list[str]:
 
 def summarize(rows: Sequence[Row], facts: ComparisonFacts) -> dict[str, Any]:
     """Return the content of backbones.json."""
-    dataset, folds = facts.dataset, facts.folds
+    dataset, fold_plan = facts.dataset, facts.fold_plan
     return {
         "version": VERSION,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "data": {"name": dataset.name, "fingerprint": dataset.fingerprint, "classes": list(dataset.class_names)},
-        "folds": {"count": folds.num_folds, "reason": folds.reason, "examples": rows[0].examples},
+        "folds": {"count": fold_plan.num_folds, "reason": fold_plan.reason, "examples": rows[0].num_examples},
         "head": {"phase": facts.phase, **facts.settings.model_dump(mode="json")},
         "machine": facts.machine,
         "networks": [
@@ -203,7 +206,7 @@ def render_page(rows: Sequence[Row], facts: ComparisonFacts, created: str) -> st
     return render(
         "backbones.html.j2", rows=rows, facts=facts, created=created, sentences=describe(rows, facts),
         chart=to_svg("scatter", chart), significance_level=SIGNIFICANCE_LEVEL, color_count=len(SERIES),
-        hold_out=facts.folds.num_folds == HOLD_OUT,
+        hold_out=facts.fold_plan.num_folds == HOLD_OUT,
     )  # fmt: skip
 
 

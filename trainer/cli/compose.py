@@ -29,7 +29,7 @@ from trainer.cli.overrides import (
     translate_overrides,
 )
 from trainer.config.keys import add_defaults, list_keys, suggest_key, suggest_name
-from trainer.config.schema import RequestedConfig, load
+from trainer.config.schema import RequestedConfig, validate_config
 from trainer.config.unread import require_read
 from trainer.errors import ConfigError
 
@@ -58,7 +58,7 @@ def format_help() -> str:
 
 
 def _allow_new_key(argument: str) -> str:
-    """Turn `a.b=1` into `++a.b=1`, so that Hydra accepts unknown keys, which `load` then reports with a suggestion.
+    """Turn `a.b=1` into `++a.b=1`, so that Hydra accepts unknown keys, which `validate_config` reports.
 
     Config groups, Hydra's own keys and arguments that are not KEY=VALUE are returned unchanged.
     """
@@ -87,7 +87,7 @@ def _expand_teacher_group(argument: str) -> str:
     return f"+{group}@{key}={names}"
 
 
-def is_sweep(arguments: list[str]) -> bool:
+def requests_sweep(arguments: list[str]) -> bool:
     """Return whether the arguments request several runs, by `-m`, `hydra/sweeper=...` or `sweep=...`."""
     return any(a in ("-m", "--multirun") or re.match(r"hydra/sweeper=|\+*sweep=(?!null$)", a) for a in arguments)
 
@@ -120,7 +120,7 @@ def compose(arguments: list[str], run_job: RunJob | None = None) -> dict[str, An
     if "--version" in arguments:
         print(f"kubetune {trainer.__version__}")
         return None
-    arguments, print_config = _remove_cfg_job(translate_overrides(arguments, sweep=is_sweep(arguments)))
+    arguments, print_config = _remove_cfg_job(translate_overrides(arguments, is_sweep=requests_sweep(arguments)))
     composed_trees: list[DictConfig] = []
 
     def job(tree: DictConfig) -> float | None:
@@ -170,7 +170,8 @@ def _remove_cfg_job(arguments: list[str]) -> tuple[list[str], bool]:
 
     Returns the arguments, and whether `--cfg job` was removed.
     """
-    other_arguments, has_cfg_job = [], False
+    other_arguments = []
+    has_cfg_job = False
     for previous, argument in zip(["", *arguments], arguments, strict=False):
         has_cfg_job |= argument in ("--cfg=job", "-c=job") or (argument == "job" and previous in ("--cfg", "-c"))
         if argument not in ("--cfg", "-c", "--cfg=job", "-c=job", "--resolve") and previous not in ("--cfg", "-c"):
@@ -185,7 +186,7 @@ def load_and_require_read(composed: dict[str, Any], arguments: list[str]) -> Req
     Raises ConfigError, whose `errors` are all errors in the configuration, or else all keys in `arguments` without an
     effect.
     """
-    config = load(composed)
+    config = validate_config(composed)
     require_read(config, list_argument_keys(arguments))
     return config
 

@@ -48,20 +48,20 @@ _LONG_OPTIONS = {"-m": "--multirun", "-r": "--run", "-c": "--cfg", "-i": "--info
 _COMMANDS = ("--multirun", "--run", "--cfg", "--info")  # Hydra accepts at most one of these
 
 
-def translate_overrides(arguments: Sequence[str], sweep: bool = False) -> list[str]:
+def translate_overrides(arguments: Sequence[str], is_sweep: bool = False) -> list[str]:
     """Translate arguments into overrides that Hydra parses. The function is idempotent.
 
     Args:
         arguments: Hydra options, which are returned unchanged, and KEY=VALUE or GROUP=NAME.
-        sweep: whether an argument can have several values, one for each run.
+        is_sweep: whether an argument can have several values, one for each run.
 
     Raises:
         ConfigError: an option is unknown or lacks its value, options are mutually exclusive, an argument is neither an
-            option nor KEY=VALUE, its value cannot be parsed, or it has several values without `sweep`.
+            option nor KEY=VALUE, its value cannot be parsed, or it has several values without `is_sweep`.
     """
     overrides: list[str] = []
-    # Number of following arguments that are the last option's value; long option -> option as the user wrote it.
-    num_values_left, options = 0, {}
+    num_values_left = 0  # number of following arguments that are the last option's value
+    options: dict[str, str] = {}  # long option -> option as the user wrote it
     for index, argument in enumerate(arguments):
         if num_values_left:
             num_values_left -= 1
@@ -75,7 +75,7 @@ def translate_overrides(arguments: Sequence[str], sweep: bool = False) -> list[s
             if option in ("--cfg", "-c") and not {*option_values} & {"job", "hydra", "all"}:
                 raise ConfigError("needs job, hydra or all", key=option, fix="write --cfg job")
         else:
-            argument = _translate_override(argument, sweep)
+            argument = _translate_override(argument, is_sweep)
         overrides.append(argument)
     commands = [options[name] for name in _COMMANDS if name in options]
     if len(commands) > 1:
@@ -180,7 +180,8 @@ def map_argument_values(arguments: Sequence[str]) -> dict[str, str]:
 
 def split_elements(text: str) -> list[str]:
     """Split a list in text form at its commas, except those in quotes or brackets: `a, "b,c"` -> ["a", ' "b,c"']."""
-    elements, start = [], 0
+    elements = []
+    start = 0
     while True:
         match = _ELEMENT.match(text, start)
         assert match, "the pattern matches nothing as well"
@@ -219,7 +220,8 @@ def parse_names(value: Any, key: str) -> Any:
     if not isinstance(value, str) or not re.fullmatch(r"\{.*\}", value, re.S):
         return value
     display_names: dict[str, str] = {}
-    items, position = value[1:-1], 0
+    items = value[1:-1]
+    position = 0
     while remaining_items := items[position:].strip():
         pair = _PAIR.match(items, position)
         if not pair:
@@ -238,7 +240,7 @@ def _unquote(text: str) -> str:
     return str(parse_override(f"x={text}").value()) if re.fullmatch(QUOTED, text, re.S) else text
 
 
-def _translate_override(text: str, sweep: bool) -> str:
+def _translate_override(text: str, is_sweep: bool) -> str:
     """Translate one KEY=VALUE, GROUP=NAME or other Hydra override, such as ~KEY, to Hydra's grammar."""
     match = _KEY_VALUE.fullmatch(text)
     if not match:
@@ -254,28 +256,29 @@ def _translate_override(text: str, sweep: bool) -> str:
     if value_type == "names":
         value_type = "weights" if re.match(r"\s*(choice\s*\(\s*)?\{", value) else "texts"
     if key in GROUPS:
-        _check_group(key, value, sweep)
+        _check_group(key, value, is_sweep)
     elif value_type == "text":
-        if FUNCTION.fullmatch(value) and not sweep:
+        if FUNCTION.fullmatch(value) and not is_sweep:
             raise _make_several_values_error(text)
-        value = ",".join(_quote_sweep_values(value, _quote_text)) if sweep else _quote_text(value)
+        value = ",".join(_quote_sweep_values(value, _quote_text)) if is_sweep else _quote_text(value)
     elif value_type == "texts":
         # Without a sweep, `a, b` is one list in which the brackets may be omitted.
-        is_bare = not sweep and value and not re.fullmatch(r"\s*(\[.*\]|(?i:null)|\$\{.*\})\s*", value, re.S)
-        lists = (
-            [f"[{value}]"] if is_bare else split_elements(value) if sweep and not FUNCTION.fullmatch(value) else [value]
-        )
+        is_bare = not is_sweep and value and not re.fullmatch(r"\s*(\[.*\]|(?i:null)|\$\{.*\})\s*", value, re.S)
+        if is_bare:
+            lists = [f"[{value}]"]
+        else:
+            lists = split_elements(value) if is_sweep and not FUNCTION.fullmatch(value) else [value]
         value = ",".join(_quote_list(item.strip()) for item in lists)
     elif value_type == "weights":
         values = _quote_sweep_values(value, _quote_weights)
-        if not sweep and len(values) > 1:
+        if not is_sweep and len(values) > 1:
             raise _make_several_values_error(text)
-        value = ",".join(values) if sweep else _quote_weights(value)
+        value = ",".join(values) if is_sweep else _quote_weights(value)
     try:
         parsed = parse_override(f"{plus}{key}={value}")
     except ConfigError as error:
         raise _make_unreadable_value_error(text, error) from None
-    if not sweep and parsed.is_sweep_override():
+    if not is_sweep and parsed.is_sweep_override():
         raise _make_several_values_error(text)
     return f"{plus}{key}={value}"
 
@@ -312,14 +315,14 @@ def _quote_list(text: str) -> str:
     return "[" + ",".join(quote(e) if e.lower() == "null" else _quote_text(e) for e in elements) + "]"
 
 
-def _check_group(group: str, value: str, sweep: bool) -> None:
+def _check_group(group: str, value: str, is_sweep: bool) -> None:
     """Raise a ConfigError if the value cannot be a choice of the config group, for example because it is a path."""
-    if re.fullmatch(r"[\w-]+(/[\w-]+)*", value) or (sweep and value):
+    if re.fullmatch(r"[\w-]+(/[\w-]+)*", value) or (is_sweep and value):
         function = FUNCTION.fullmatch(value)
-        for name in split_elements(function[2] if function else value) if sweep else [value]:
+        for name in split_elements(function[2] if function else value) if is_sweep else [value]:
             _check_choice_is_string(group, name)
         return
-    if "," in value and not sweep and value[:1] not in "[{(":
+    if "," in value and not is_sweep and value[:1] not in "[{(":
         raise _make_several_values_error(f"{group}={value}")
     raise ConfigError(f"there is no such {group}", key=group, value=value, fix=suggest_choice_fix(group, value))
 

@@ -15,7 +15,7 @@ from trainer.cli.compose import compose
 from trainer.cli.source import choose_source
 from trainer.cluster.processes import replace_process
 from trainer.cluster.signals import ignore_sigterm
-from trainer.config.schema import RequestedConfig, Runtime, load
+from trainer.config.schema import RequestedConfig, Runtime, validate_config
 from trainer.errors import (
     BUG,
     DONE,
@@ -97,13 +97,13 @@ def suppress_import_noise(with_keras: bool = True) -> Iterator[None]:
         yield
 
 
-def start_monitoring(config: RequestedConfig, worker: int, workers: int) -> socket.socket | None:
+def start_monitoring(config: RequestedConfig, worker_index: int, num_workers: int) -> socket.socket | None:
     """Set up the log, the termination message and the HTTP server as `config.runtime` specifies.
 
     Args:
         config: the run's configuration.
-        worker: index of this worker, from 0.
-        workers: number of workers.
+        worker_index: index of this worker, from 0.
+        num_workers: number of workers.
 
     Returns:
         The HTTP server's listening socket; None if `runtime.http_port` is null.
@@ -111,8 +111,8 @@ def start_monitoring(config: RequestedConfig, worker: int, workers: int) -> sock
     Raises:
         ConfigError: the server cannot listen on `runtime.http_port`.
     """
-    configure_log(config.runtime, **make_log_labels(config, worker))
-    health.set_gauges(workers=workers)
+    configure_log(config.runtime, **make_log_labels(config, worker_index))
+    health.set_gauges(workers=num_workers)
     if config.runtime.http_port:
         from trainer.monitoring.http import serve
 
@@ -140,7 +140,9 @@ def _configure_log_from_arguments() -> None:
     for keys in (r"runtime(\.\w+)?", r"runtime(\.log_format|\.termination_log)?"):
         arguments = [a for a in sys.argv[1:] if re.match(rf"\+*({keys})=", a)]
         with suppress(ConfigError):
-            return configure_log(load(compose(["data=digits", *arguments]) or {}).runtime) if arguments else None
+            if arguments:
+                configure_log(validate_config(compose(["data=digits", *arguments]) or {}).runtime)
+            return
 
 
 def choose_and_log_source(arguments: list[str]) -> list[str]:

@@ -4,9 +4,9 @@ import fnmatch
 import glob
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
-from trainer.cli.compose import is_sweep
+from trainer.cli.compose import requests_sweep
 from trainer.cli.overrides import evaluate_override, map_argument_values, parse_override, translate_overrides
 from trainer.config.base import InvalidValue, check_address
 from trainer.config.typed import FUNCTION, format_argument, quote, quote_if_needed
@@ -16,11 +16,20 @@ from trainer.storage.bucket import MAX_CONCURRENT_REQUESTS, map_in_threads
 from trainer.storage.path import StoragePath, storage_path
 
 # End of a record file's name: a suffix, optionally with a shard number, as in .tfrecord-00000-of-00001, and with the
-# suffix of a compression format, which a run rejects. Other files, such as the index .tfrecord.idx, do not match.
+# suffix of a compression format. A run rejects compressed files, but they match, so that the run's error names the
+# compression. Other files, such as the index .tfrecord.idx, do not match.
 _RECORD_ENDING = re.compile(r"(\.tfrec(?:ord)?s?)([-_.]?\d+([-_]?of[-_]?\d+)?)?(\.gz|\.zlib)?$", re.I)
 _TFDS_INFO_FILE = "dataset_info.json"  # file in the folder of each dataset that TensorFlow Datasets has prepared
-_MAX_SUBFOLDERS = 9  # number of a folder's subfolders that are searched for prepared datasets
-_MAX_CLASS_FOLDERS = 3  # number of these subfolders that are searched for images
+_MAX_SUBFOLDERS = 9  # maximum number of a folder's subfolders that are searched for prepared datasets
+_MAX_CLASS_FOLDERS = 3  # maximum number of these subfolders that are searched for images
+
+
+class DetectedSource(NamedTuple):
+    """The kind of data source at an address."""
+
+    source: str  # choice of the config group `data`, such as "tfrecords"
+    reason: str  # what was detected at the address, for the log
+    replacement: str | None = None  # argument that replaces data.root, such as "data.pattern=..."; None if none does
 
 
 def choose_source(arguments: Sequence[str]) -> tuple[list[str], str]:
@@ -39,41 +48,50 @@ def choose_source(arguments: Sequence[str]) -> tuple[list[str], str]:
         DataError: data.root is not a supported source, or has several prepared datasets.
     """
     values = map_argument_values(arguments)
-    has_choice = {"data", "experiment", "data.source"} & values.keys() or {"-h", "--help", "--version"} & set(arguments)
+    has_source = bool({"data", "experiment", "data.source"} & values.keys())
+    prints_only = bool({"-h", "--help", "--version"} & set(arguments))
     key = next((k for k in ("data.root", "data.name", "data.pattern") if values.get(k)), None)
-    if has_choice or key is None:
+    if has_source or prints_only or key is None:
         return list(arguments), ""
     if key != "data.root":
         source, reason = ("tfds", "a TensorFlow dataset") if key == "data.name" else ("tfrecords", "record files")
         return [f"data={source}", *arguments], f"{key}={values[key]}: {reason}, so data={source}"
-    roots = _parse_roots(values["data.root"], is_sweep(list(arguments)))
+    roots = _parse_roots(values["data.root"], requests_sweep(list(arguments)))
     if None in roots:
         return list(arguments), ""
-    sources, reasons, replacements = zip(*map(_detect_source_of_root, roots), strict=True)
-    if len(set(sources)) > 1:
-        joined_values = ", ".join(f"{root}: {reason}" for root, reason in zip(roots, reasons, strict=True))
-        problem = f"the values are of several sources ({joined_values})"
+    detected = [_check_and_detect_source(root) for root in roots]
+    if len({result.source for result in detected}) > 1:
+        reasons_text = ", ".join(f"{root}: {result.reason}" for root, result in zip(roots, detected, strict=True))
+        problem = f"the values are of several sources ({reasons_text})"
         raise ConfigError(problem, key="data.root", value=values["data.root"], fix="sweep over those of one source")
-    new_arguments, other_arguments = [f"data={sources[0]}"], list(arguments)
-    if any(replacements):
-        root_arguments = [
-            replacement[0] if replacement else f"data.root={quote_if_needed(root)}"
-            for replacement, root in zip(replacements, roots, strict=True)
-        ]
-        root_values = [argument.partition("=")[2] for argument in root_arguments]
-        # Several values are those of a sweep, so a value that contains a comma is quoted.
-        joined_values = (
-            ",".join(quote(v) if "," in v and v[:1] not in "'\"" else v for v in root_values)
-            if root_values[1:]
-            else root_values[0]
-        )
-        new_arguments.append(f"{root_arguments[0].partition('=')[0]}={joined_values}")
+    new_arguments = [f"data={detected[0].source}"]
+    other_arguments = list(arguments)
+    if any(result.replacement for result in detected):
+        new_arguments.append(_join_replacements(roots, detected))
         other_arguments = [a for a in arguments if not re.match(r"\+*data\.root=", a)]
-    log_line = f"data.root={','.join(roots)}: {', '.join(dict.fromkeys(reasons))}, so {' '.join(new_arguments)}"
+    reasons = dict.fromkeys(result.reason for result in detected)
+    log_line = f"data.root={','.join(roots)}: {', '.join(reasons)}, so {' '.join(new_arguments)}"
     return [*new_arguments, *other_arguments], log_line
 
 
-def _parse_roots(text: str, sweep: bool) -> list[Any]:
+def _join_replacements(roots: Sequence[str], detected: Sequence[DetectedSource]) -> str:
+    """Return the one argument that replaces data.root, such as `data.pattern=a/*.tfrec,b/*.tfrec` in a sweep.
+
+    Args:
+        roots: the values of data.root: one, or those of a sweep.
+        detected: the source at each of them, the same for all, so that all replacements set the same key.
+    """
+    arguments = [
+        result.replacement or f"data.root={quote_if_needed(root)}" for root, result in zip(roots, detected, strict=True)
+    ]
+    key = arguments[0].partition("=")[0]
+    values = [argument.partition("=")[2] for argument in arguments]
+    if len(values) > 1:  # the values of a sweep are separated by commas, so those that contain a comma are quoted
+        values = [quote(value) if "," in value and value[:1] not in "'\"" else value for value in values]
+    return f"{key}={','.join(values)}"
+
+
+def _parse_roots(text: str, is_sweep: bool) -> list[Any]:
     """Parse the value of data.root into a list of paths: one, or several in a sweep. The value null becomes None.
 
     Raises ConfigError if a path cannot be parsed or resolved here, or if a sweep's values are given by a function other
@@ -82,9 +100,9 @@ def _parse_roots(text: str, sweep: bool) -> list[Any]:
     function = FUNCTION.fullmatch(text)
     problem = "is known only when a run begins, so the source of the data cannot be chosen by it"
     unresolved_error = ConfigError(problem, key="data.root", value=text, fix="add data=image_folder or data=tfds")
-    if sweep and function and function[1] != "choice":
+    if is_sweep and function and function[1] != "choice":
         raise unresolved_error
-    (override,) = translate_overrides([f"data.root={text}"], sweep)
+    (override,) = translate_overrides([f"data.root={text}"], is_sweep)
     parsed = parse_override(override)
     value_texts = parsed.sweep_string_iterator() if parsed.is_sweep_override() else [override.partition("=")[2]]
     try:
@@ -93,7 +111,7 @@ def _parse_roots(text: str, sweep: bool) -> list[Any]:
         raise unresolved_error from None  # usually a reference to another key, or to a variable that is not set
 
 
-def _detect_source_of_root(root: str) -> tuple[str, str, list[str]]:
+def _check_and_detect_source(root: str) -> DetectedSource:
     """Call `detect_source`, or raise a ConfigError about data.root if `check_address` rejects `root`."""
     try:
         return detect_source(check_address(root))
@@ -101,15 +119,11 @@ def _detect_source_of_root(root: str) -> tuple[str, str, list[str]]:
         raise ConfigError(error.problem, key="data.root", value=root, fix=error.fix) from None
 
 
-def detect_source(root: str) -> tuple[str, str, list[str]]:
+def detect_source(root: str) -> DetectedSource:
     """Detect the kind of data source at an address.
 
     A folder with record files is nevertheless an image folder if one of its subfolders contains images.
     System folders such as lost+found are ignored.
-
-    Returns:
-        The source (a choice of the config group `data`), the reason for the log, and a list with the argument that
-        replaces data.root, or an empty list.
 
     Raises:
         DataError: `root` does not exist, is empty, is a file other than .csv, or is a folder with several prepared
@@ -121,14 +135,11 @@ def detect_source(root: str) -> tuple[str, str, list[str]]:
     file_names = [info.path.name for info in folder.list(recursive=False)]
     folders = [subfolder for subfolder in folder.folders() if not is_system_name(subfolder.name)]
     if _TFDS_INFO_FILE in file_names:
-        return "tfds", f"{_TFDS_INFO_FILE}, a prepared dataset", []
+        return DetectedSource("tfds", f"{_TFDS_INFO_FILE}, a prepared dataset")
     datasets, have_images = _inspect_folders(folders)
     if len(datasets) == 1:
-        return (
-            "tfds",
-            f"{_TFDS_INFO_FILE} in {escape_unprintable(datasets[0].name)}, a prepared dataset",
-            [f"data.root={quote_if_needed(str(datasets[0]))}"],
-        )
+        reason = f"{_TFDS_INFO_FILE} in {escape_unprintable(datasets[0].name)}, a prepared dataset"
+        return DetectedSource("tfds", reason, replacement=f"data.root={quote_if_needed(str(datasets[0]))}")
     if datasets:
         problem = f"has {len(datasets)} prepared datasets ({', '.join(map(str, datasets))})"
         raise DataError(problem, key="data.root", value=root, fix=f"set {format_argument('data.root', datasets[-1])}")
@@ -139,9 +150,10 @@ def detect_source(root: str) -> tuple[str, str, list[str]]:
         patterns = [f"*{ending[1]}*", "*" + re.sub(r"\d+", "*", ending[0]), "*" + re.sub(r"\d", "[0-9]", ending[0])]
         pattern = next((p for p in patterns if {*fnmatch.filter(file_names, p)} == endings.keys()), patterns[0])
         pattern = f"{glob.escape(root.rstrip('/'))}/{pattern}"
-        return "tfrecords", f"{len(endings)} record files", [f"data.pattern={quote_if_needed(pattern)}"]
+        replacement = f"data.pattern={quote_if_needed(pattern)}"
+        return DetectedSource("tfrecords", f"{len(endings)} record files", replacement)
     if folders:
-        return "image_folder", "class folders", []
+        return DetectedSource("image_folder", "class folders")
     problem = (
         f"has {format_count(len(file_names), 'file')} and no folders" if file_names else "does not exist, or is empty"
     )
@@ -150,7 +162,7 @@ def detect_source(root: str) -> tuple[str, str, list[str]]:
     )
     if not file_names and folder.exists():
         if folder.name.lower().endswith(".csv"):
-            return "csv", "a CSV file", []
+            return DetectedSource("csv", "a CSV file")
         problem = "is a file"
         if _RECORD_ENDING.search(folder.name):
             fix = f"write data=tfrecords {format_argument('data.pattern', glob.escape(root))} data.class_names=[...]"
@@ -158,10 +170,11 @@ def detect_source(root: str) -> tuple[str, str, list[str]]:
 
 
 def _inspect_folders(folders: Sequence[StoragePath]) -> tuple[list[StoragePath], bool]:
-    """Return the prepared datasets in `folders`, directly or one level below, and whether a folder contains images.
+    """Return the prepared datasets in `folders`, directly or one level below, and whether there are folders of images.
 
-    Each folder in a bucket costs requests, so they are inspected eight at a time, until all of eight contain images.
-    The others are then class folders too, of which only local ones are searched for datasets.
+    A folder has images if it or one of its subfolders contains some. Each folder in a bucket costs requests, so
+    `MAX_CONCURRENT_REQUESTS` folders at a time are inspected, until all of them have images. The remaining folders are
+    then assumed to be class folders too. Only the local ones are still searched for datasets.
     """
     datasets: list[StoragePath] = []
     have_images = False
@@ -176,7 +189,11 @@ def _inspect_folders(folders: Sequence[StoragePath]) -> tuple[list[StoragePath],
 
 
 def _inspect_folder(folder: StoragePath) -> tuple[list[StoragePath], bool]:
-    """Return the prepared datasets in a folder, and whether it has images, or if it has no dataset, a subfolder has."""
+    """Return the prepared datasets in a folder, and whether it has images.
+
+    If the folder is a dataset or contains images, its subfolders are not searched. If it contains datasets, they are
+    not searched for images.
+    """
     if (folder / _TFDS_INFO_FILE).exists():
         return [folder], False
     if _has_images(folder):

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from trainer.cli.compose import compose, is_sweep, load_and_require_read, resolve
+from trainer.cli.compose import compose, load_and_require_read, requests_sweep, resolve
 from trainer.cli.overrides import evaluate_override, format_override, parse_override, translate_overrides
 from trainer.cli.process import configure_log
 from trainer.cluster.processes import build_module_command
@@ -71,7 +71,8 @@ def serialize_job(name: str, hparams: dict[str, Value], scores: dict[str, float]
     from tensorboard.plugins.hparams import api_pb2, plugin_data_pb2, summary_v2
     from tensorboard.plugins.scalar.summary_v2 import scalar_pb
 
-    status, now = api_pb2.STATUS_SUCCESS if succeeded else api_pb2.STATUS_FAILURE, time.time()
+    status = api_pb2.STATUS_SUCCESS if succeeded else api_pb2.STATUS_FAILURE
+    now = time.time()
     end_summary = make_session_end_summary(plugin_data_pb2.SessionEndInfo(status=status, end_time_secs=now))
     start_summary = summary_v2.hparams_pb(hparams, trial_id=name, start_time_secs=now)
     return _serialize_events([start_summary, *(scalar_pb(tag, score) for tag, score in scores.items()), end_summary])
@@ -82,7 +83,8 @@ def _serialize_events(summaries: list[Summary]) -> bytes:
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.summary.writer.record_writer import RecordWriter
 
-    file, now = io.BytesIO(), time.time()
+    file = io.BytesIO()
+    now = time.time()
     writer = RecordWriter(file)
     for event in [Event(file_version="brain.Event:2"), *(Event(summary=summary) for summary in summaries)]:
         event.wall_time = now
@@ -316,7 +318,7 @@ def select_job(arguments: list[str], environment: Mapping[str, str]) -> tuple[li
     if not re.fullmatch(r"[0-9]{1,6}", job_number):
         fix = "set it to the pod label batch.kubernetes.io/job-completion-index, or unset it"
         raise ConfigError("is not the number of a job", key="SWEEP_JOB", value=job_number, fix=fix)
-    if not is_sweep(arguments):
+    if not requests_sweep(arguments):
         raise ConfigError("the arguments are not a sweep", key="SWEEP_JOB", value=job_number, fix="add -m, or unset it")
     jobs = _list_jobs(arguments)
     if int(job_number) >= len(jobs):
@@ -336,7 +338,7 @@ def _list_jobs(arguments: list[str]) -> list[tuple[Job, dict[str, Any]]]:
 
     Raises ConfigError if the sweep is a search, or output_dir is not set.
     """
-    arguments, folder = _use_sweep_folder(translate_overrides(arguments, sweep=True))
+    arguments, folder = _use_sweep_folder(translate_overrides(arguments, is_sweep=True))
     jobs: list[tuple[Job, dict[str, Any]]] = []
 
     def collect(tree: DictConfig, overrides: list[str], hydra_config: Any) -> None:
@@ -373,9 +375,9 @@ def compose_or_sweep(arguments: list[str]) -> dict[str, Any] | None:
     Raises:
         TrainerError: the configuration cannot be composed, or the sweep was stopped or failed.
     """
-    if not is_sweep(arguments):
+    if not requests_sweep(arguments):
         return compose(arguments)
-    arguments = translate_overrides(arguments, sweep=True)
+    arguments = translate_overrides(arguments, is_sweep=True)
     if _search_space_is_empty(arguments):
         fix = "add KEY=interval(low, high) or KEY=choice(a, b), quoted for the shell, or a preset: sweep=learning_rates"
         raise ConfigError("the search has no values to search", key="hydra/sweeper", value="optuna", fix=fix)

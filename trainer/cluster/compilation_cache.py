@@ -71,7 +71,8 @@ def choose_cache_variables(
     """
     if not gpus:
         return {}
-    variables, flags = dict[str, str](), {"TF_XLA_FLAGS": list[str](), "XLA_FLAGS": list[str]()}
+    variables = dict[str, str]()
+    flags = {"TF_XLA_FLAGS": list[str](), "XLA_FLAGS": list[str]()}
     if programs:
         # Programs for the CPU are not stored: they depend on its kind, and the folder may move to another machine.
         flags["TF_XLA_FLAGS"] += [f"{PROGRAMS_FLAG}={programs}", f"{DEVICES_FLAG}=GPU"]
@@ -127,7 +128,8 @@ def set_compilation_cache(cache_folder: Path, run_folder: Path | None, determini
             other than the chief; they store programs and results in `cache_folder`.
         deterministic: whether the run is deterministic; XLA's autotuning is then off, and its results are not stored.
     """
-    gpus, folder = list_gpus(), (run_folder or cache_folder).absolute()
+    gpus = list_gpus()
+    folder = (run_folder or cache_folder).absolute()
     programs = choose_programs_folder(gpus, folder, deterministic, os.environ)
     autotuning = None if deterministic else folder / AUTOTUNING_FOLDER
     variables = choose_cache_variables(gpus, programs, autotuning, cache_folder, os.environ)

@@ -66,7 +66,8 @@ class Connection:
 
     def receive_exactly(self, count: int) -> bytes:
         """Wait for `count` bytes. Raises OSError if the connection is closed, broken or timed out."""
-        chunks, missing = [], count
+        chunks = []
+        missing = count
         while missing:
             chunk = self.socket.recv(min(missing, MAX_RECV_BYTES))
             if not chunk:

@@ -22,7 +22,7 @@ DTYPE_POLICIES = {"float32": "float32", "bfloat16": "mixed_bfloat16", "float16":
 
 
 def build_strategy(
-    config: RunConfig, control: ControlChannel, log_message: Callable[[str], None], cpus: int
+    config: RunConfig, control: ControlChannel, log_message: Callable[[str], None], num_cpus: int
 ) -> tf.distribute.Strategy:
     """Configure thread pools, determinism, precision and devices, and build the distribution strategy.
 
@@ -32,7 +32,7 @@ def build_strategy(
         config: the run's configuration.
         control: the control channel, over which the workers compare their devices.
         log_message: logs the devices and the collectives.
-        cpus: number of processors that this process may use, which becomes the number of threads per thread pool.
+        num_cpus: number of processors that this process may use, which becomes the number of threads per thread pool.
 
     Returns:
         The default strategy for one device, MirroredStrategy for several GPUs or logical CPU devices in one process,
@@ -44,7 +44,7 @@ def build_strategy(
         Interrupted: TensorFlow cannot start its server, probably because another process uses this worker's port.
     """
     runtime = config.runtime
-    set_thread_pools(cpus)
+    set_thread_pools(num_cpus)
     if runtime.deterministic:
         tf.config.experimental.enable_op_determinism()
     keras.mixed_precision.set_global_policy(DTYPE_POLICIES[runtime.precision])
@@ -107,12 +107,12 @@ def _query_memory_per_gpu() -> int | None:
     return min(sizes, default=0) or None
 
 
-def choose_devices(runtime: Runtime, workers: int) -> tuple[str, int]:
+def choose_devices(runtime: Runtime, num_workers: int) -> tuple[str, int]:
     """Return the kind ("GPU" or "CPU") and the number of the devices on each worker; each device runs one replica.
 
     Args:
         runtime: `runtime.replicas` is the number of devices; null chooses all GPUs, or one CPU device.
-        workers: number of workers in the run.
+        num_workers: number of workers in the run.
 
     Raises:
         ConfigError: `runtime.replicas` exceeds the number of GPUs, or exceeds 1 on several workers without GPUs.
@@ -122,7 +122,7 @@ def choose_devices(runtime: Runtime, workers: int) -> tuple[str, int]:
     if gpus and count > len(gpus):
         problem, fix = f"exceeds the {len(gpus)} GPUs of this machine", "set it to null to use all"
         raise ConfigError(problem, key="runtime.replicas", value=count, fix=fix)
-    if workers > 1 and not gpus and count > 1:
+    if num_workers > 1 and not gpus and count > 1:
         problem = "must be 1 on each of several workers without GPUs"
         raise ConfigError(problem, key="runtime.replicas", value=count, fix="set it to null")
     return kind, count
@@ -130,7 +130,9 @@ def choose_devices(runtime: Runtime, workers: int) -> tuple[str, int]:
 
 def describe_devices(device: Device, count: int, cluster: Cluster, config: RunConfig) -> str:
     """Describe each worker's `count` devices and the precision; with several replicas, also their batch size."""
-    batch_size, precision, num_replicas = config.training.batch_size, config.runtime.precision, count * cluster.size
+    batch_size = config.training.batch_size
+    precision = config.runtime.precision
+    num_replicas = count * cluster.size
     if num_replicas == 1:
         return f"device: {device.describe()}, {precision}"
     description = device.describe(count)
@@ -141,8 +143,8 @@ def describe_devices(device: Device, count: int, cluster: Cluster, config: RunCo
     return f"devices: {description} mirrored ({reason}), {precision}{batch_note}"
 
 
-def check_batch_size(config: RunConfig, replicas: int) -> None:
-    """Raise a ConfigError if the global batch cannot be divided among `replicas`, the replicas on all workers together.
+def check_batch_size(config: RunConfig, num_replicas: int) -> None:
+    """Raise a ConfigError if the global batch cannot be divided among the `num_replicas` replicas on all workers.
 
     The number of replicas must divide `training.virtual_replicas`, if it is set. The batch size must be divisible by
     the number of replicas times the micro-batches per replica. With mixup or cutmix, which mix pairs, the batch size
@@ -150,18 +152,19 @@ def check_batch_size(config: RunConfig, replicas: int) -> None:
     micro-batch over all replicas, must have at least two examples.
     """
     batch_size, num_virtual = config.training.batch_size, config.training.virtual_replicas
-    if num_virtual and num_virtual % replicas:
-        problem = f"is not divisible by {replicas} replicas"
+    if num_virtual and num_virtual % num_replicas:
+        problem = f"is not divisible by {num_replicas} replicas"
         fix = f"start {', '.join(str(1 << i) for i in range(num_virtual.bit_length()))} replicas"
         raise ConfigError(problem, key="training.virtual_replicas", value=num_virtual, fix=fix)
-    num_micro_batches = config.training.micro_batches(replicas)
-    per_replica, divisor = batch_size // (num_virtual or replicas), compute_batch_size_multiple(config, replicas)
+    num_micro_batches = config.training.count_micro_batches(num_replicas)
+    per_replica = batch_size // (num_virtual or num_replicas)
+    divisor = compute_batch_size_multiple(config, num_replicas)
     smaller_size = f"{batch_size // divisor * divisor} or " if batch_size > divisor else ""
     sizes = f"{smaller_size}{-(-batch_size // divisor) * divisor}"
-    if batch_size % (replicas * num_micro_batches):
+    if batch_size % (num_replicas * num_micro_batches):
         key = "training.virtual_replicas" if num_virtual else "training.accumulate"
         detail = f" with {num_micro_batches} micro-batches each ({key})" if num_micro_batches > 1 else ""
-        problem = f"is not divisible by {replicas} replicas{detail}"
+        problem = f"is not divisible by {num_replicas} replicas{detail}"
         raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=f"use {sizes}")
     statistics_size = batch_size // (num_virtual or config.training.accumulate)
     if config.model.hidden_units and config.model.hidden_batch_norm and statistics_size < 2:
@@ -170,7 +173,7 @@ def check_batch_size(config: RunConfig, replicas: int) -> None:
         fix = "use a larger training.batch_size, fewer parts, or set it to false"
         raise ConfigError(problem, key="model.hidden_batch_norm", value="true", fix=fix)
     if config.augmentation.mixes and per_replica % 2:
-        kind, count = ("virtual replicas", num_virtual) if num_virtual else ("replicas", replicas)
+        kind, count = ("virtual replicas", num_virtual) if num_virtual else ("replicas", num_replicas)
         detail = f"{per_replica} for each of {count} {kind} are" if count > 1 else f"{per_replica} is"
         problem = f"augmentation.mixup and cutmix mix pairs of neighbours, and {detail} odd"
         raise ConfigError(problem, key="training.batch_size", value=batch_size, fix=f"use {sizes}, or set both to 0")

@@ -170,7 +170,7 @@ def _parse_roles(cluster: dict[str, Any], task_type: Any) -> dict[str, list[str]
 
 def _check_against_kubernetes(cluster: Cluster, env: Mapping[str, str]) -> None:
     """Raise a ConfigError if WORKER_COUNT or the pod's index contradicts `cluster`, which TF_CONFIG describes."""
-    num_workers = _parse_integer(env, "WORKER_COUNT", 1)
+    num_workers = _parse_integer(env, "WORKER_COUNT", minimum=1)
     if num_workers is None:
         return
     if num_workers != cluster.size:
@@ -185,7 +185,7 @@ def _check_against_kubernetes(cluster: Cluster, env: Mapping[str, str]) -> None:
 
 def _discover_in_kubernetes(env: Mapping[str, str]) -> Cluster:
     """Discover the cluster of a JobSet or an Indexed Job; a single worker if WORKER_COUNT is 1 or not set."""
-    num_workers = _parse_integer(env, "WORKER_COUNT", 1)
+    num_workers = _parse_integer(env, "WORKER_COUNT", minimum=1)
     if num_workers is None:
         _require_single_pod(env)
         return Cluster(0, (), ALONE, "")
@@ -198,7 +198,7 @@ def _discover_in_kubernetes(env: Mapping[str, str]) -> Cluster:
     if index is None:
         problem, fix = "JOB_COMPLETION_INDEX, the index of this worker, is not set", "set completionMode: Indexed"
         raise ConfigError(problem, key="WORKER_COUNT", value=num_workers, fix=fix)
-    port = _parse_integer(env, "WORKER_PORT", 1, 65535) or DEFAULT_PORT
+    port = _parse_integer(env, "WORKER_PORT", minimum=1, maximum=65535) or DEFAULT_PORT
     if _in_jobset(env):
         jobset, replicated_job = (
             _require_name(env, "JOBSET_NAME", num_workers),
@@ -206,7 +206,7 @@ def _discover_in_kubernetes(env: Mapping[str, str]) -> Cluster:
         )
         service = _require_name(env, "SERVICE_NAME", num_workers) if "SERVICE_NAME" in env else jobset
         job, source = f"{jobset}-{replicated_job}", f"JobSet {jobset}"
-        pods_per_job = num_workers // (_parse_integer(env, "REPLICATED_JOB_REPLICAS", 1) or 1)
+        pods_per_job = num_workers // (_parse_integer(env, "REPLICATED_JOB_REPLICAS", minimum=1) or 1)
         hosts = [f"{job}-{i // pods_per_job}-{i % pods_per_job}" for i in range(num_workers)]
     else:
         job, service = _require_name(env, "JOB_NAME", num_workers), _require_name(env, "SERVICE_NAME", num_workers)
@@ -233,12 +233,13 @@ def _compute_index(env: Mapping[str, str], num_workers: int) -> int | None:
 
     Raises ConfigError if an index is out of range or `num_workers` is not a multiple of the number of child Jobs.
     """
-    num_jobs = _parse_integer(env, "REPLICATED_JOB_REPLICAS", 1) or 1  # number of child Jobs; 1 for an Indexed Job
+    # Number of child Jobs; 1 for an Indexed Job.
+    num_jobs = _parse_integer(env, "REPLICATED_JOB_REPLICAS", minimum=1) or 1
     if num_workers % num_jobs:
         problem, fix = f"is not a multiple of REPLICATED_JOB_REPLICAS={num_jobs}", "set it to the number of all pods"
         raise ConfigError(problem, key="WORKER_COUNT", value=num_workers, fix=fix)
     pods_per_job = num_workers // num_jobs
-    job_index = _parse_integer(env, "JOB_INDEX", 0)
+    job_index = _parse_integer(env, "JOB_INDEX", minimum=0)
     if job_index is None and num_jobs > 1:
         fix = "set it to the pod label jobset.sigs.k8s.io/job-index (by the downward API)"
         raise ConfigError("JOB_INDEX is not set", key="REPLICATED_JOB_REPLICAS", value=num_jobs, fix=fix)
@@ -248,7 +249,7 @@ def _compute_index(env: Mapping[str, str], num_workers: int) -> int | None:
         problem = f"is not below REPLICATED_JOB_REPLICAS={num_jobs}{default_note}"
         fix = "set that to the pod label jobset.sigs.k8s.io/replicatedjob-replicas (by the downward API)"
         raise ConfigError(problem, key="JOB_INDEX", value=job_index, fix=fix)
-    pod_index = _parse_integer(env, "JOB_COMPLETION_INDEX", 0)
+    pod_index = _parse_integer(env, "JOB_COMPLETION_INDEX", minimum=0)
     if pod_index is None:
         return None
     if pod_index >= pods_per_job:
@@ -265,7 +266,8 @@ def _parse_integer(env: Mapping[str, str], name: str, minimum: int, maximum: int
         return None
     if not re.fullmatch(r"[0-9]{1,6}", text) or not minimum <= int(text) <= maximum:
         # Kubernetes sets variables for every Service: one named `worker` sets WORKER_PORT=tcp://10.0.0.7:80.
-        fix = "set it in the manifest" + " or set enableServiceLinks: false" * text.startswith("tcp://")
+        alternative = " or set enableServiceLinks: false" if text.startswith("tcp://") else ""
+        fix = f"set it in the manifest{alternative}"
         problem = f"is not a whole number from {minimum} to {maximum}"
         raise ConfigError(problem, key=name, value=_abbreviate(text), fix=fix)
     return int(text)

@@ -93,7 +93,8 @@ def parse_unread_messages(received: bytes) -> list[dict[str, Any]]:
     `received` can start in the middle of a message, if the process has read its first bytes, and can end in the middle
     of another message. Incomplete headers are skipped.
     """
-    headers, offset = [], received.find(MAGIC)
+    headers = []
+    offset = received.find(MAGIC)
     with contextlib.suppress(ValueError):  # the process may have read the prefix of a message, but not its header
         first_header, _ = json.JSONDecoder().raw_decode(received[: max(offset, 0) or None].decode())
         headers += [first_header] if isinstance(first_header, dict) else []
@@ -155,7 +156,7 @@ class _Watchdog:
             return
         self.respond()
         peers = [self.observe(index) for index in decode_indices(self.state["watched"])]
-        signums = _peek(self.signals, 16)
+        signums = _peek(self.signals, size=16)
         signal_name = next((signal.Signals(n).name for n in signums if n in (signal.SIGTERM, signal.SIGINT)), None)
         observation = Observation(self.seconds, self.state["limit"], self.state["activity"], signal_name, peers)
         if reason := decide_end_reason(observation):

@@ -4,7 +4,7 @@ import math
 
 from trainer.config.batch_size import choose_batch_size
 from trainer.config.phases import AutoPhases, Phase
-from trainer.config.schema import Choices, Precision, RequestedConfig, RunConfig, replace_auto
+from trainer.config.schema import AutoValues, Precision, RequestedConfig, RunConfig, replace_auto
 from trainer.types import CPU, Device
 
 # A dataset has few images if it has fewer than FEW_IMAGES, or on average fewer than FEW_PER_CLASS per class.
@@ -14,22 +14,22 @@ MANY_IMAGES, MANY_CLASSES = 50_000, 50  # the largest backbone is chosen if a da
 
 def resolve_auto(
     config: RequestedConfig,
-    images: int = 0,
-    classes: int = 0,
+    num_images: int = 0,
+    num_classes: int = 0,
     device: Device = CPU,
     stored_config: RunConfig | None = None,
-    replicas: int = 1,
+    num_replicas: int = 1,
 ) -> tuple[RunConfig, list[str]]:
     """Choose a value for every key that is `auto`.
 
     Args:
         config: the requested configuration. A `RunConfig` is returned unchanged, without reasons.
-        images: number of training images.
-        classes: number of classes.
+        num_images: number of training images.
+        num_classes: number of classes.
         device: device on which the run trains.
         stored_config: configuration of a resumed run's earlier starts. Its values are used, and the other arguments are
             ignored.
-        replicas: number of replicas on all workers.
+        num_replicas: number of replicas on all workers.
 
     Returns:
         The resolved configuration, and a line "KEY=auto: VALUE, REASON" for each key that was `auto`.
@@ -37,7 +37,7 @@ def resolve_auto(
     if isinstance(config, RunConfig):
         return config, []
     if stored_config:
-        choices = Choices(
+        choices = AutoValues(
             stored_config.model.backbone,
             stored_config.training.batch_size,
             stored_config.phases,
@@ -47,20 +47,20 @@ def resolve_auto(
         explanations |= {"training.batch_size": str(choices.batch_size), "runtime.precision": choices.precision}
         explanations = {key: f"{value}, as this run began" for key, value in explanations.items()}
     else:
-        dataset = f"for {images:,} training images of {classes} classes"
-        backbone, backbone_reason = _choose_backbone(images, classes)
-        phases, phases_reason, hint = _choose_phases(config, images, classes)
+        dataset = f"for {num_images:,} training images of {num_classes} classes"
+        backbone, backbone_reason = _choose_backbone(num_images, num_classes)
+        phases, phases_reason, hint = _choose_phases(config, num_images, num_classes)
         precision, precision_reason = choose_precision(device)
-        provisional_config = replace_auto(config, Choices(backbone, 1, phases, precision))
-        batch_size, batch_size_reason = choose_batch_size(provisional_config, images, device, replicas)
-        multiple = compute_batch_size_multiple(provisional_config, replicas)
+        provisional_config = replace_auto(config, AutoValues(backbone, 1, phases, precision))
+        batch_size, batch_size_reason = choose_batch_size(provisional_config, num_images, device, num_replicas)
+        multiple = compute_batch_size_multiple(provisional_config, num_replicas)
         if device.kind == "GPU":  # on CPUs, a batch size that is not a multiple is an error of `check_batch_size`
             batch_size = max(batch_size // multiple, 1) * multiple
-        choices = Choices(backbone, batch_size, phases, precision)
+        choices = AutoValues(backbone, batch_size, phases, precision)
         explanations = {
             "model.backbone": f"{backbone}, {dataset} ({backbone_reason})",
             "phases": f"{phases_reason}, {dataset} (few: under {FEW_IMAGES:,}, or {FEW_PER_CLASS} per class){hint}",
-            "training.batch_size": f"{batch_size}, for {images:,} training images{batch_size_reason}",
+            "training.batch_size": f"{batch_size}, for {num_images:,} training images{batch_size_reason}",
             "runtime.precision": f"{precision}, {precision_reason}",
         }
     reasons = [f"{key}=auto: {explanation}" for key, explanation in explanations.items() if key in config.auto_keys]
@@ -87,20 +87,20 @@ def choose_precision(device: Device) -> tuple[Precision, str]:
     return "float32", f"on a GPU of {capability_text} (float16 from 7.0 on)"
 
 
-def compute_batch_size_multiple(config: RunConfig, replicas: int) -> int:
+def compute_batch_size_multiple(config: RunConfig, num_replicas: int) -> int:
     """Return the number of which a valid global batch size is a multiple.
 
-    The batch must divide evenly over `replicas`, the replicas on all workers, and their micro-batches. With mixup or
-    cutmix, each replica needs an even number of examples. `training.virtual_replicas`, if set, replaces `replicas`.
+    The batch must divide evenly over the `num_replicas` replicas on all workers, and their micro-batches. With mixup or
+    cutmix, each replica needs an even number of examples. `training.virtual_replicas`, if set, replaces `num_replicas`.
     """
     group_size = 2 if config.augmentation.mixes else 1
     if config.training.virtual_replicas:
         return config.training.virtual_replicas * group_size
-    return math.lcm(replicas * config.training.accumulate, replicas * group_size)
+    return math.lcm(num_replicas * config.training.accumulate, num_replicas * group_size)
 
 
-def limit_batch_size(config: RunConfig, images: int, replicas: int) -> tuple[RunConfig, str]:
-    """Reduce a batch size that exceeds `images`, the number of training examples, to that number.
+def limit_batch_size(config: RunConfig, num_images: int, num_replicas: int) -> tuple[RunConfig, str]:
+    """Reduce a batch size that exceeds `num_images`, the number of training examples, to that number.
 
     The number is first rounded up to a multiple of `compute_batch_size_multiple`. The gradients do not change, because
     the rest of the larger batch would be padding.
@@ -108,29 +108,29 @@ def limit_batch_size(config: RunConfig, images: int, replicas: int) -> tuple[Run
     Returns:
         The configuration, and a message for the log, or "" if the batch size has not changed.
     """
-    training, multiple = config.training, compute_batch_size_multiple(config, replicas)
-    max_batch_size = -(-images // multiple) * multiple
+    training = config.training
+    multiple = compute_batch_size_multiple(config, num_replicas)
+    max_batch_size = -(-num_images // multiple) * multiple
     if training.batch_size <= max_batch_size:
         return config, ""
-    reason = (
-        f"training.batch_size={training.batch_size} is more than the {images:,} examples: a batch has {max_batch_size}"
-    )
+    problem = f"training.batch_size={training.batch_size} is more than the {num_images:,} examples"
+    reason = f"{problem}: a batch has {max_batch_size}"
     return config.model_copy(update={"training": training.model_copy(update={"batch_size": max_batch_size})}), reason
 
 
-def _choose_backbone(images: int, classes: int) -> tuple[str, str]:
+def _choose_backbone(num_images: int, num_classes: int) -> tuple[str, str]:
     """Choose the backbone. Returns its name, and the reason for the log.
 
     Networks with a higher ImageNet accuracy transfer better (Kornblith et al. 2019), but need more images and time.
     """
-    if images < FEW_IMAGES and classes < MANY_CLASSES:
+    if num_images < FEW_IMAGES and num_classes < MANY_CLASSES:
         return "MobileNetV2", f"small: under {FEW_IMAGES:,} images and {MANY_CLASSES} classes"
-    if images < MANY_IMAGES or classes < MANY_CLASSES:
+    if num_images < MANY_IMAGES or num_classes < MANY_CLASSES:
         return "EfficientNetB0", f"medium: under {MANY_IMAGES:,} images or {MANY_CLASSES} classes"
     return "EfficientNetB3", f"large: from {MANY_IMAGES:,} images and {MANY_CLASSES} classes on"
 
 
-def _choose_phases(config: RequestedConfig, images: int, classes: int) -> tuple[dict[str, Phase], str, str]:
+def _choose_phases(config: RequestedConfig, num_images: int, num_classes: int) -> tuple[dict[str, Phase], str, str]:
     """Choose the phases from the rows of the table `phases.auto`.
 
     Returns the phases, a description of the row, and a hint, which is "" if `phases.auto.domain` is set. If `phases`
@@ -138,7 +138,8 @@ def _choose_phases(config: RequestedConfig, images: int, classes: int) -> tuple[
     """
     if not isinstance(config.phases, AutoPhases):
         return config.phases, "", ""
-    phase_table, has_few_images = config.phases.auto, images < max(FEW_IMAGES, FEW_PER_CLASS * classes)
+    phase_table = config.phases.auto
+    has_few_images = num_images < max(FEW_IMAGES, FEW_PER_CLASS * num_classes)
     row_name = f"{'few' if has_few_images else 'many'}_{phase_table.domain or 'similar'}"
     phases: dict[str, Phase] = getattr(phase_table, row_name)
     names = ", ".join(f"{name} ({phase.thaw})" for name, phase in phases.items())

@@ -124,7 +124,9 @@ def _locate_key(root: type[BaseModel], path: tuple[Any, ...]) -> tuple[str, type
     `root` is the section type that was validated. `path` is the error's location in pydantic's form, such as ("phases",
     "head", "epochs"). It can also have names of union members, such as "tuple[float,float]", which the key omits.
     """
-    names, section, types = [], root, list_union_members(root)
+    names = []
+    section = root
+    types = list_union_members(root)
     for name in path:
         type_ = next((member for member in types if is_section(member) and name in member.model_fields), types[0])
         if is_section(type_):

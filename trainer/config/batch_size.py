@@ -88,7 +88,8 @@ def estimate_gpu_bytes(config: RunConfig, footprint: Footprint) -> tuple[int, in
         values_per_pixel = (
             footprint.trained_norm if any(phase.batch_norm == "train" for phase in thawed_phases) else footprint.trained
         )
-    pixels, width = (config.model.image_size or footprint.side) ** 2, config.model.alpha or 1.0
+    pixels = (config.model.image_size or footprint.side) ** 2
+    width = config.model.alpha or 1.0
     bytes_per_image = pixels * (
         values_per_pixel * width * BYTES_PER_VALUE[config.runtime.precision] + 3 * IMAGE_BYTES_PER_VALUE
     )
@@ -100,7 +101,7 @@ def estimate_gpu_bytes(config: RunConfig, footprint: Footprint) -> tuple[int, in
     ) + GPU_RESERVE
 
 
-def choose_batch_size(config: RunConfig, images: int, device: Device, replicas: int) -> tuple[int, str]:
+def choose_batch_size(config: RunConfig, num_images: int, device: Device, num_replicas: int) -> tuple[int, str]:
     """Choose the global batch size. Returns it, and its reason as the end of a log line.
 
     On CPUs, the size is 16 below 1,000 images, 32 below 50,000, and 64 otherwise, also if the GPU's memory or the
@@ -110,23 +111,22 @@ def choose_batch_size(config: RunConfig, images: int, device: Device, replicas: 
 
     Args:
         config: configuration with the phases, the precision and the backbone resolved.
-        images: number of training images.
+        num_images: number of training images.
         device: device on which the run trains.
-        replicas: number of replicas on all workers.
+        num_replicas: number of replicas on all workers.
     """
-    cpu_size = 16 if images < 1_000 else 32 if images < 50_000 else 64
+    cpu_size = 16 if num_images < 1_000 else 32 if num_images < 50_000 else 64
     footprint = find_footprint(config.model.backbone)
     if device.kind == "CPU" or not device.memory or not footprint:
         return cpu_size, " (16 under 1,000, 64 from 50,000 on, else 32)"
     bytes_per_image, fixed_bytes = estimate_gpu_bytes(config, footprint)
     num_fitting = int((MEMORY_FRACTION * device.memory - fixed_bytes) / bytes_per_image) * config.training.accumulate
-    max_useful_size = max(cpu_size, images // MIN_STEPS_PER_EPOCH) // replicas
+    max_useful_size = max(cpu_size, num_images // MIN_STEPS_PER_EPOCH) // num_replicas
     gpu_batch = 1 << max(min(MAX_BATCH_SIZE_PER_GPU, num_fitting, max_useful_size), 1).bit_length() - 1
-    reason = (
-        f": {gpu_batch} on each of {replicas} GPUs of {device.memory / 2**30:.1f} GiB, which hold about {num_fitting:,}"
-    )
+    memory_text = f"{device.memory / 2**30:.1f} GiB"
+    reason = f": {gpu_batch} on each of {num_replicas} GPUs of {memory_text}, which hold about {num_fitting:,}"
     limits = f"at most {MAX_BATCH_SIZE_PER_GPU}, and {MIN_STEPS_PER_EPOCH} steps per epoch or {cpu_size} images"
-    return gpu_batch * replicas, f"{reason} (a power of two, {limits})"
+    return gpu_batch * num_replicas, f"{reason} (a power of two, {limits})"
 
 
 def find_footprint(backbone: str) -> Footprint | None:

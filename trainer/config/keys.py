@@ -56,10 +56,12 @@ def list_keys(root: type[BaseModel], tree: Any = None, is_nested: bool = False) 
             keys.append(name)
         elif named_section:
             keys += [
-                f"{name}.{phase}.{key}" for phase in content for key in list_keys(named_section, content[phase], True)
+                f"{name}.{phase}.{key}"
+                for phase in content
+                for key in list_keys(named_section, content[phase], is_nested=True)
             ]
         else:
-            keys += [f"{name}.{key}" for key in list_keys(section, content, True)] if section else [name]
+            keys += [f"{name}.{key}" for key in list_keys(section, content, is_nested=True)] if section else [name]
     return keys
 
 
@@ -191,7 +193,7 @@ def suggest_key(key: str, known_keys: list[str], tree: Any = None) -> str:
             return child_suggestion if child_suggestion.startswith("did") else key_suggestion
         return suggest_key(f"{key}.{name}", known_keys, value)
     section, _, name = key.rpartition(".")
-    prefix = section + "." * bool(section)
+    prefix = f"{section}." if section else ""
     siblings = list(
         dict.fromkeys(prefix + k.removeprefix(prefix).split(".")[0] for k in known_keys if k.startswith(prefix))
     )
@@ -201,11 +203,11 @@ def suggest_key(key: str, known_keys: list[str], tree: Any = None) -> str:
     # misspelled name in any section.
     matches = (
         [k for k in known_keys if k == _ALIASES.get(key)]
-        or _match_similar(key, siblings, prefix, 0.75)
+        or _match_similar(key, siblings, prefix, cutoff=0.75)
         or [k for k in known_keys if f".{k}".endswith(f".{key}")]
         or _match_names(canonical_name, [k for k in known_keys if k.startswith(prefix)])
         or _match_names(canonical_name, known_keys)
-        or _match_similar(key, siblings, prefix, 0.5)
+        or _match_similar(key, siblings, prefix, cutoff=0.5)
         or [k for match in difflib.get_close_matches(canonical_name, {k.rpartition(".")[2] for k in known_keys}, 1, 0.7)
             for k in _match_names(match, known_keys)]
     )  # fmt: skip

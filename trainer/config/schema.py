@@ -1,8 +1,8 @@
 """The configuration of a run: one frozen, validated tree of sections.
 
-Hydra composes nested dicts from the YAML files in `conf/`. `load` validates them and returns a `RunConfig` if the
-backbone, batch size, phases and precision are not `auto`, otherwise a `RequestedConfig`. One `ConfigError` lists all
-errors. This module does not import TensorFlow.
+Hydra composes nested dicts from the YAML files in `conf/`. `validate_config` validates them and returns a `RunConfig`
+if the backbone, batch size, phases and precision are not `auto`, otherwise a `RequestedConfig`. One `ConfigError` lists
+all errors. This module does not import TensorFlow.
 """
 
 from __future__ import annotations
@@ -109,11 +109,8 @@ class Data(Section):
     @field_validator("class_names")
     @classmethod
     def _check_class_names(cls, names: Any) -> Any:
-        if (
-            unnamed_classes := [class_name for class_name, name in names.items() if not name.strip()]
-            if isinstance(names, dict)
-            else []
-        ):
+        name_by_class = names if isinstance(names, dict) else {}
+        if unnamed_classes := [class_name for class_name, name in name_by_class.items() if not name.strip()]:
             raise InvalidValue(f"has no name for {unnamed_classes[0]}", fix="write one, or leave the class out")
         return names
 
@@ -149,16 +146,16 @@ class Data(Section):
         return self
 
 
-MIN_WEIGHT = 1e-6  # smallest class weight above 0; smaller ones vanish by rounding in float32
+MIN_CLASS_WEIGHT = 1e-6  # smallest class weight above 0; smaller ones vanish by rounding in float32
 
 
-def _check_weight(weight: float) -> float:
-    if 0 < weight < MIN_WEIGHT:
-        raise InvalidValue("is too small", value=weight, fix=f"use 0, or a weight of at least {MIN_WEIGHT:g}")
+def _check_class_weight(weight: float) -> float:
+    if 0 < weight < MIN_CLASS_WEIGHT:
+        raise InvalidValue("is too small", value=weight, fix=f"use 0, or a weight of at least {MIN_CLASS_WEIGHT:g}")
     return weight
 
 
-Weight = Annotated[float, Field(ge=0, le=1e6), AfterValidator(_check_weight)]
+ClassWeight = Annotated[float, Field(ge=0, le=1e6), AfterValidator(_check_class_weight)]
 
 
 class Training(Section):
@@ -173,7 +170,7 @@ class Training(Section):
     """focal: exponent gamma of (1 - p), which reduces the loss of examples with a high probability p of their class."""
     label_smoothing: float = Field(0.0, ge=0, lt=1)
     """Fraction of the target probability that is spread evenly over all classes."""
-    class_weights: Literal["none", "balanced"] | dict[str, Weight] = "none"
+    class_weights: Literal["none", "balanced"] | dict[str, ClassWeight] = "none"
     """Weight of an example's loss by its class. none: equal weights; balanced: inversely proportional to the class's
     frequency; or a mapping {CLASS: WEIGHT}."""
     clip_norm: float | None = Field(None, ge=1e-12, le=1e12)
@@ -191,9 +188,9 @@ class Training(Section):
     """Fraction of the validation batches that is scored after each epoch, to select the best epoch. At the end of a
     phase, the selected weights are scored on all batches."""
 
-    def micro_batches(self, replicas: int) -> int:
-        """Return the number of micro-batches per step on each replica, for `replicas` replicas on all workers."""
-        return self.virtual_replicas // replicas if self.virtual_replicas else self.accumulate
+    def count_micro_batches(self, num_replicas: int) -> int:
+        """Return the number of micro-batches per step on each replica, for `num_replicas` replicas on all workers."""
+        return self.virtual_replicas // num_replicas if self.virtual_replicas else self.accumulate
 
     @model_validator(mode="after")
     def _check_virtual_replicas(self) -> Training:
@@ -202,8 +199,8 @@ class Training(Section):
             fix = f"use {1 << (num_parts.bit_length() - 1)} or {1 << num_parts.bit_length()}"
             raise InvalidValue("is not a power of two", key="virtual_replicas", value=str(num_parts), fix=fix)
         if self.virtual_replicas and self.accumulate > 1:
-            problem, fix = "cannot be used with training.virtual_replicas", "set one of the two"
-            raise InvalidValue(problem, key="accumulate", value=str(self.accumulate), fix=fix)
+            problem = "cannot be used with training.virtual_replicas"
+            raise InvalidValue(problem, key="accumulate", value=str(self.accumulate), fix="set one of the two")
         return self
 
     @model_validator(mode="after")
@@ -230,8 +227,8 @@ class Runtime(Section):
     """Compile the training step with XLA, which makes it 7 to 15 times slower on CPUs; auto: decided for each phase
     (docs/speed.md)."""
     trunk_engine: Literal["auto", "tensorflow", "litert"] = "auto"
-    """Library that computes the frozen layers below the cut; auto: LiteRT in long phases of mobile networks on a CPU,
-    otherwise TensorFlow (docs/features.md)."""
+    """Library that computes the frozen layers up to the cut (docs/features.md); auto: LiteRT in long phases of mobile
+    networks on a CPU, otherwise TensorFlow."""
     deterministic: bool = True
     """Make runs on the same machine bitwise reproducible."""
     replicas: int | None = Field(None, ge=1, le=1024)
@@ -402,7 +399,7 @@ class RunConfig(RequestedConfig):
     training: ResolvedTraining = ResolvedTraining()
     runtime: ResolvedRuntime = ResolvedRuntime()
 
-    def phase_steps(self, phase: Phase, steps_per_epoch: int) -> int:
+    def count_phase_steps(self, phase: Phase, steps_per_epoch: int) -> int:
         """Return the number of optimizer steps after which a phase ends, unless early stopping ends it before."""
         steps = phase.duration.steps(steps_per_epoch, self.training.batch_size)
         return min(steps, self.debug.max_steps or steps)
@@ -432,7 +429,7 @@ class RunConfig(RequestedConfig):
         return ConfigError(reason, key=f"phases.{name}.features", value="cached", fix=fix)
 
 
-def configure_teacher(config: RequestedConfig) -> RequestedConfig | None:
+def derive_teacher_config(config: RequestedConfig) -> RequestedConfig | None:
     """Return the configuration of the run that trains the teacher; None if `distillation.teacher` is not "train".
 
     This run has the teacher's model and phases (by default the student's phases), output_dir OUTPUT_DIR/teacher, no
@@ -445,17 +442,19 @@ def configure_teacher(config: RequestedConfig) -> RequestedConfig | None:
     values |= {"phases": config.phases if distillation.phases is None else distillation.phases}
     values |= {"experiment_name": f"{config.experiment_name or ''} teacher".strip()}
     values |= {"export": Export(formats=()), "output_dir": config.output_dir and get_teacher_address(config.output_dir)}
-    teacher = RequestedConfig.model_construct(**values)
+    teacher = RequestedConfig.model_construct(**values)  # the values are validated already
     return teacher if teacher.auto_keys else replace_auto(teacher)
 
 
 def _list_feature_errors(config: RequestedConfig) -> list[ConfigError]:
     """List the errors in the keys `features` and `augmented_views` of all phases; none with phases=auto."""
-    names, resolved = () if isinstance(config.phases, AutoPhases) else tuple(config.phases), replace_auto(config)
-    return [error for name in names if (error := resolved.find_feature_error(name))]
+    if isinstance(config.phases, AutoPhases):
+        return []
+    resolved = replace_auto(config)  # the errors do not depend on the values that replace `auto`
+    return [error for name in config.phases if (error := resolved.find_feature_error(name))]
 
 
-def load(tree: dict[str, Any]) -> RequestedConfig:
+def validate_config(tree: dict[str, Any]) -> RequestedConfig:
     """Validate a composed configuration.
 
     Args:
@@ -470,25 +469,25 @@ def load(tree: dict[str, Any]) -> RequestedConfig:
             or a loop of YAML aliases, is reported alone.
     """
     if problem := _describe_tree_error(tree):
-        raise ConfigError(f"the configuration {problem}", fix="put the key in quotes, or remove it")
+        raise ConfigError(f"the configuration {problem}", fix="put that key in quotes, or remove the loop")
     try:
         config = RequestedConfig.model_validate(tree)
     except ValidationError as error:
         raise translate_validation_error(error, RequestedConfig, tree) from None
     errors = _list_feature_errors(config)
-    if (teacher := configure_teacher(config)) and config.distillation and config.distillation.phases is not None:
+    if (teacher := derive_teacher_config(config)) and config.distillation and config.distillation.phases is not None:
         errors += [prefix_teacher_key(error) for error in _list_feature_errors(teacher)]
     if errors:
         raise ConfigError.combine(errors)
     return config if config.auto_keys else replace_auto(config)
 
 
-def load_resolved(tree: dict[str, Any]) -> RunConfig:
+def validate_resolved_config(tree: dict[str, Any]) -> RunConfig:
     """Validate the configuration of an existing run, as parsed from its config.yaml.
 
     Raises ConfigError if it is not valid, or if its backbone, batch size, phases or precision is `auto`.
     """
-    config = load(tree)
+    config = validate_config(tree)
     if not isinstance(config, RunConfig):
         raise ConfigError(
             "is resolved only when a run begins", key=config.auto_keys[0], value="auto", fix="set a value"
@@ -496,17 +495,17 @@ def load_resolved(tree: dict[str, Any]) -> RunConfig:
     return config
 
 
-def _describe_tree_error(value: Any, path: str = "", above: tuple[int, ...] = ()) -> str | None:
+def _describe_tree_error(value: Any, path: str = "", container_ids: tuple[int, ...] = ()) -> str | None:
     """Describe the first key in `value` that is not a string, or a loop of YAML aliases; None if it has neither.
 
     Args:
         value: nested dicts and lists, or a scalar.
         path: dotted key of `value`.
-        above: ids of the dicts and lists that contain `value`.
+        container_ids: `id()` of the dicts and lists that contain `value`, outermost first.
     """
     if not isinstance(value, dict | list):
         return None
-    if id(value) in above or len(above) > MAX_DEPTH:
+    if id(value) in container_ids or len(container_ids) > MAX_DEPTH:
         return f"has a loop, or more than {MAX_DEPTH} levels, at {path[:80]}"
     items = value.items() if isinstance(value, dict) else enumerate(value)
     for key, child in items:
@@ -514,8 +513,8 @@ def _describe_tree_error(value: Any, path: str = "", above: tuple[int, ...] = ()
         # A class can be named 2024, which YAML reads as a number.
         is_class = path in ("training.class_weights", "data.class_names")
         if isinstance(value, dict) and not isinstance(key, str) and not is_class:
-            return f"has a key that is not a text, {name}"
-        if problem := _describe_tree_error(child, name, (*above, id(value))):
+            return f"has a key that is not a string, {name}"
+        if problem := _describe_tree_error(child, name, (*container_ids, id(value))):
             return problem
     return None
 
@@ -548,8 +547,8 @@ def parse_config(text: str | bytes) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Choices:
-    """The values that replace `auto` in a configuration."""
+class AutoValues:
+    """The values that replace `auto` in a configuration. The defaults are placeholders for keys that are not `auto`."""
 
     backbone: str = ""
     batch_size: int = 0
@@ -557,19 +556,22 @@ class Choices:
     precision: Precision = "float32"
 
 
-def replace_auto(config: RequestedConfig, choices: Choices = Choices()) -> RunConfig:
-    """Return the resolved configuration, in which the values in `choices` replace `auto`. Other keys are unchanged."""
+def replace_auto(config: RequestedConfig, auto_values: AutoValues = AutoValues()) -> RunConfig:
+    """Return the resolved configuration, in which the values in `auto_values` replace `auto`. Other keys are unchanged.
+
+    Nothing is validated again (`model_construct`), because the other values are valid, and the defaults are not.
+    """
     training, runtime = dict(config.training), dict(config.runtime)
     if training["batch_size"] == "auto":
-        training["batch_size"] = choices.batch_size
+        training["batch_size"] = auto_values.batch_size
     if runtime["precision"] == "auto":
-        runtime["precision"] = choices.precision
+        runtime["precision"] = auto_values.precision
     values = dict(config) | {"training": ResolvedTraining.model_construct(**training)}
     values["runtime"] = ResolvedRuntime.model_construct(**runtime)
     if config.model.backbone == "auto":
-        values["model"] = config.model.model_copy(update={"backbone": choices.backbone})
+        values["model"] = config.model.model_copy(update={"backbone": auto_values.backbone})
     if isinstance(config.phases, AutoPhases):
-        values["phases"] = choices.phases
+        values["phases"] = auto_values.phases
     return RunConfig.model_construct(**values)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from trainer.config.base import Section
 from trainer.config.diff import flatten
 from trainer.config.phases import AutoPhases, Phase
-from trainer.config.schema import OVERFIT_VALUES, Data, RequestedConfig, configure_teacher
+from trainer.config.schema import OVERFIT_VALUES, Data, RequestedConfig, derive_teacher_config
 from trainer.errors import ConfigError
 
 # Key of `data` -> values of data.source with which the key is read. For other keys, the source makes no difference.
@@ -62,7 +62,7 @@ def find_unread_keys(config: RequestedConfig) -> dict[str, str]:
     if config.distillation:
         values = flatten(config.distillation.model_dump(mode="json", exclude_defaults=True), "distillation.")
         reasons_by_key |= dict(_check_overfit(config, *values))
-    if teacher := configure_teacher(config):
+    if teacher := derive_teacher_config(config):
         teacher_reasons = find_unread_keys(teacher).items()
         # The other keys of the teacher's run are not set below `distillation`.
         reasons_by_key |= {

@@ -123,7 +123,8 @@ def apply_corrections(raw: RawData, address: str, other_names: dict[str, str], s
     splits = {name: _correct_split(split, targets, labels) for name, split in raw.splits.items()}
     summary = f"corrections: {describe_corrections(by_example.values())} ({escape_unprintable(address)})"
     num_same = sum(name is not None and labels[name] == raw.splits[s].labels[i] for (s, i), name in targets.items())
-    summary += f"; {num_same} had the class already" * bool(num_same)
+    if num_same:
+        summary += f"; {num_same} had the class already"
     return replace(raw, splits=splits, notes=[*raw.notes, summary])
 
 
@@ -132,14 +133,15 @@ def _correct_split(split: Split, targets: dict[tuple[str, int], str | None], lab
 
     `targets` maps an example's split name and index to the example's new class, or to None to exclude the example.
     """
-    new_labels, is_included = split.labels.copy(), np.ones(split.count, bool)
+    new_labels = split.labels.copy()
+    is_included = np.ones(split.count, bool)
     for (name, index), class_name in targets.items():
         if name == split.name and class_name is None:
             is_included[index] = False
         elif name == split.name and class_name is not None:
             new_labels[index] = labels[class_name]
     if not is_included.any():
-        raise make_empty_split_error(split.name, f"{KEY} excludes all {split.count} of it", ())
+        raise make_empty_split_error(split.name, f"{KEY} excludes all {split.count} of it", skipped=())
     new_split = replace(split, labels=new_labels)
     return new_split if is_included.all() else select_examples(new_split, np.flatnonzero(is_included))
 

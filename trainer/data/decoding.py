@@ -239,7 +239,8 @@ def decode_blocks(
     Returns:
         A dataset of rows with the columns `COLUMNS` and `image`, uint8 [size, size, 3], which is black for padding.
     """
-    decode, black_image = make_row_decoder(split, size, resize), tf.zeros([size, size, 3], tf.uint8)
+    decode = make_row_decoder(split, size, resize)
+    black_image = tf.zeros([size, size, 3], tf.uint8)
 
     @without_autograph
     def enumerate_rows(block: Block) -> tf.data.Dataset:
@@ -276,7 +277,8 @@ def decode_blocks(
         """Return a black row of weight 0 for each failed row before this row, then this row, unless it is a marker."""
         first_failed, row_index = row["first_missing"], row["row_index"]  # none failed if they are equal
         examples = {name: column[first_failed : row_index + 1] for name, column in row["block"].items()}
-        failed_indices, num_rows = row["block"]["index"][first_failed:row_index], tf.shape(examples["index"])[0]
+        failed_indices = row["block"]["index"][first_failed:row_index]
+        num_rows = tf.shape(examples["index"])[0]
         any_failed = tf.size(failed_indices) > 0
 
         def record_failures() -> tf.Operation:

@@ -34,7 +34,8 @@ def prepare_digits(cache_dir: Path) -> Path:
     # Two runs can write the folder concurrently. Only the first rename succeeds.
     temporary_folder = cache_dir / f".digits-{uuid.uuid4().hex}"
     temporary_folder.mkdir(parents=True)
-    digits, images = load_digits(), []
+    digits = load_digits()
+    images = []
     for pixels in digits.images:
         png = io.BytesIO()
         Image.fromarray(np.round(pixels * 255 / 16).astype(np.uint8)).save(png, "PNG")

@@ -80,7 +80,8 @@ def examine_images(split: Split) -> list[str]:
     with warnings.catch_warnings(), ThreadPoolExecutor(16) as pool:
         warnings.simplefilter("ignore")  # Pillow warns about corrupt EXIF data
         results = list(pool.map(examine, readers))
-    notes, png_indices = [], [i for i, (_, encoded) in enumerate(results) if encoded]
+    notes = []
+    png_indices = [i for i, (_, encoded) in enumerate(results) if encoded]
     sample_name = f"{len(readers)}{'' if len(readers) == split.count else ' examined'} training images"
     if num_not_upright := sum(orientation > 1 for orientation, _ in results):
         treatment = "turned upright" if split.orientation == "exif" else "used as they are stored"

@@ -20,6 +20,7 @@ import google_crc32c
 import numpy as np
 
 from trainer.data.splits import RawData, hash_raw_data
+from trainer.errors import format_count
 from trainer.monitoring.health import health
 from trainer.storage.arrays import pack, unpack
 from trainer.storage.local import write_atomically
@@ -64,7 +65,7 @@ def compute_fingerprints(
     identities = {path: _format_identity(raw, path, stats, checksums) for path in paths}
     fingerprint = hash_raw_data(replace(raw, identities=identities))
     coverage = "content" if kind == "content" else "samples (data.fingerprint=content: all bytes)"
-    file_count = f"{len(paths):,} file{'s' * (len(paths) != 1)}"
+    file_count = format_count(len(paths), "file")
     log_message(f"data fingerprint: {fingerprint}, of the {coverage} of {file_count}, {size / 1e6:,.1f} MB")
     return fingerprints | {kind: fingerprint}
 
@@ -86,7 +87,8 @@ def _format_identity(raw: RawData, path: str, stats: dict[str, os.stat_result], 
 def _compute_checksums(stats: dict[str, os.stat_result], kind: Kind, cache_dir: Path) -> dict[str, int]:
     """Return the checksum of each readable file by path. The checksums of unchanged files are read from the cache."""
     keys = {path: _hash_stat(path, stat) for path, stat in stats.items()}
-    cache_file = cache_dir / "checksums" / f"{kind}-{_digest(os.path.commonpath(stats), 8).hex() if stats else ''}.npz"
+    folder_digest = _digest(os.path.commonpath(stats), size=8).hex() if stats else ""
+    cache_file = cache_dir / "checksums" / f"{kind}-{folder_digest}.npz"
     stored_checksums = _read_cache(cache_file)
     uncached_paths = [path for path in stats if keys[path] not in stored_checksums]
     checksum = partial(_compute_checksum, read=_read_all_bytes if kind == "content" else _read_sampled_blocks)
@@ -146,7 +148,7 @@ def _digest(text: str, size: int) -> bytes:
 def _hash_stat(path: str, stat: os.stat_result) -> int:
     """Hash a file's path, and the fields of its stat result that change with its content, to 64 bits."""
     fields = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
-    return int.from_bytes(_digest(f"{os.path.abspath(path)} {fields}", 8), "big")
+    return int.from_bytes(_digest(f"{os.path.abspath(path)} {fields}", size=8), "big")
 
 
 def _read_cache(file: Path) -> dict[int, int]:

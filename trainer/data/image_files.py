@@ -86,7 +86,8 @@ def build_raw_data(listed: ListedImages, data: Data, purpose: Purpose) -> RawDat
     images = listed.images
     identities, errors = _inspect_files(list(chain.from_iterable(images.values())), purpose)
     if errors and data.on_error == "fail":
-        details, num_files = join_first(list(errors.values()), "\n  "), len(identities)
+        details = join_first(list(errors.values()), "\n  ")
+        num_files = len(identities)
         problem = f"{len(errors)} of {num_files} files are not readable {_FORMATS} images:\n  {details}"
         raise DataError(problem, fix="repair or remove them, or set data.on_error=skip")
     readable_images = {name: [image for image in images.get(name, ()) if image.path not in errors] for name in SPLITS}

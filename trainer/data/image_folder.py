@@ -76,7 +76,7 @@ def _list_images(
         The class names; split -> its images, for each split that has a folder; notes; and class index -> description of
         the ignored files.
     """
-    extensions = EXTENSIONS + PILLOW_EXTENSIONS * (purpose == "prepare")
+    extensions = EXTENSIONS + PILLOW_EXTENSIONS if purpose == "prepare" else EXTENSIONS
     list_folder = cache(_list_folder)  # listing a folder on a network disk is slow
     folders = _find_split_folders(root, list_folder)  # by split
     classes = {split: _find_class_folders(root, folder, list_folder(folder)) for split, folder in folders.items()}
@@ -261,7 +261,8 @@ def find_image_files(
     Raises:
         OSError: a folder cannot be listed.
     """
-    image_paths, visited_folders = [], set()
+    image_paths = []
+    visited_folders = set()
 
     def reraise(error: OSError) -> None:
         raise error

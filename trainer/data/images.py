@@ -267,19 +267,21 @@ def build_row_dataset(pixels: Pixels, block: Callable[[tf.Tensor], Block], count
     )
 
 
-def _iterate_decoded(pixels: Pixels, indices: np.ndarray, reader: str, rows: int = _BATCH_SIZE) -> Iterator[np.ndarray]:
-    """Yield the images of the examples `indices`, int64 [n], increasing, in batches: uint8 [at most `rows`, S, S, 3].
+def _iterate_decoded(
+    pixels: Pixels, indices: np.ndarray, reader: str, batch_size: int = _BATCH_SIZE
+) -> Iterator[np.ndarray]:
+    """Yield the images of the examples `indices`, int64 [n], increasing, in batches: uint8 [b, S, S, 3].
 
-    `reader` is the name of this pipeline in the shard cache.
+    A batch has `batch_size` images, the last one perhaps fewer. `reader`: name of this pipeline in the shard cache.
     """
-    num_blocks, block = make_sequence_blocks(pixels.split, indices, 1)
+    num_blocks, block = make_sequence_blocks(pixels.split, indices, batch_size=1)
     gate = pixels.open_gate(
-        reader, compute_block_shards(block, num_blocks), compute_max_rows_ahead(rows, pixels.parallel, 2)
+        reader, compute_block_shards(block, num_blocks), compute_max_rows_ahead(batch_size, pixels.parallel, elements=2)
     )
     images = build_row_dataset(pixels, block, num_blocks).map(without_autograph(lambda row: row["image"]))
-    batches = iter(images.batch(rows).prefetch(2))
-    for _ in range(0, len(indices), rows):
-        gate.wait_for(rows)
+    batches = iter(images.batch(batch_size).prefetch(2))
+    for _ in range(0, len(indices), batch_size):
+        gate.wait_for(batch_size)
         yield next(batches).numpy()
         pixels.check_stop()
         pixels.collect_failures()

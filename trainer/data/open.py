@@ -316,7 +316,8 @@ def _note_quality(raw: RawData, is_limited: bool) -> list[str]:
         order = np.argsort(counts, kind="stable")
         class_indices = order if len(order) <= 10 else np.concatenate([order[:5], order[-5:]])
         class_counts = ", ".join(f"{raw.class_names[i]} {counts[i]}" for i in class_indices)
-        class_counts += "; the five rarest and the five most frequent" * (len(order) > 10)
+        if len(order) > 10:
+            class_counts += "; the five rarest and the five most frequent"
         imbalance = f"training examples per class differ {counts.max() / max(counts.min(), 1):.1f}-fold"
         notes.append(f"{imbalance} ({class_counts}): training.class_weights=balanced may help")
     for name, split in raw.splits.items():

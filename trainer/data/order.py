@@ -207,7 +207,8 @@ def make_sequence_blocks(
     if split.shards:  # a block reads all records from its first to its last one, even if it uses few of them
         record_edges = np.arange(0, split.count + MAX_BLOCK_RECORDS, MAX_BLOCK_RECORDS)
         edges = np.unique(np.searchsorted(indices, record_edges)).astype(np.int64)
-    records, zero = _ShardRecords(split), tf.zeros([], tf.int64)
+    records = _ShardRecords(split)
+    zero = tf.zeros([], tf.int64)
 
     def compute_block(block_index: tf.Tensor) -> Block:
         first, last = tf.gather(tf.constant(edges), block_index), tf.gather(tf.constant(edges), block_index + 1)
@@ -246,21 +247,21 @@ def compute_block_shards(block: Callable[[tf.Tensor], Block], count: int | None)
             yield int(num_rows), shards.numpy()
 
 
-def split_by_device_calls(indices: np.ndarray, rows: int, num_workers: int) -> list[np.ndarray]:
-    """Split `indices`, int64 [n], into one array per worker, each with complete device calls of `rows` images.
+def split_by_device_calls(indices: np.ndarray, rows_per_call: int, num_workers: int) -> list[np.ndarray]:
+    """Split `indices`, int64 [n], into one array per worker, each with complete device calls of `rows_per_call` images.
 
     Only the last worker's last call can have fewer images. No array is larger than the first.
 
     On some processors the bits of a result depend on its image's position in the call, because a kernel computes the
     last elements of a batch with other instructions. With complete calls, positions do not depend on `num_workers`.
     """
-    call_starts = np.arange(0, len(indices), rows)
+    call_starts = np.arange(0, len(indices), rows_per_call)
     edges = [starts[0] if len(starts) else len(indices) for starts in np.array_split(call_starts, num_workers)]
     return np.split(indices, edges[1:])
 
 
 def select_examples_to_score(
-    split: Split, batch_size: int, fraction: float, sharding: Sharding = UNSHARDED, rows: int | None = None
+    split: Split, batch_size: int, fraction: float, sharding: Sharding = UNSHARDED, rows_per_call: int | None = None
 ) -> np.ndarray:
     """Return the indices, int64 [n], increasing, of the examples that this worker scores.
 
@@ -268,7 +269,7 @@ def select_examples_to_score(
         batch_size: examples per global batch.
         fraction: fraction of the batches to score, rounded up. Below 1, the examples are a random sample, which is the
             same in each call of this function.
-        rows: images per device call, so that workers get complete calls (`split_by_device_calls`); None to
+        rows_per_call: images per device call, so that workers get complete calls (`split_by_device_calls`); None to
             divide the examples evenly.
     """
     indices = np.arange(split.count, dtype=np.int64)
@@ -276,6 +277,6 @@ def select_examples_to_score(
         num_batches = int(np.ceil(fraction * count_steps_per_epoch(split, batch_size)))
         shuffled = _sort_permutation(random_bits(SUBSET, tf.constant(indices))).numpy()
         indices = np.sort(shuffled[: num_batches * batch_size])
-    if rows:
-        return split_by_device_calls(indices, rows, sharding.num_workers)[sharding.worker_index]
+    if rows_per_call:
+        return split_by_device_calls(indices, rows_per_call, sharding.num_workers)[sharding.worker_index]
     return np.array_split(indices, sharding.num_workers)[sharding.worker_index]

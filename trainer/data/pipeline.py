@@ -72,14 +72,19 @@ def _concatenate(*parts: Row) -> Row:
 
 
 def _prefetch(
-    batches: tf.data.Dataset, source: BatchSource, rows: int, replicas: int, num_calls: int | None, num_elements: int
+    batches: tf.data.Dataset,
+    source: BatchSource,
+    rows_per_element: int,
+    num_replicas: int,
+    num_calls: int | None,
+    num_elements: int,
 ) -> tuple[tf.data.Dataset, int]:
-    """Prefetch `num_elements` elements of `rows` rows, or 2 elements per replica if `num_elements` is 0.
+    """Prefetch `num_elements` elements of `rows_per_element` rows, or 2 elements per replica if `num_elements` is 0.
 
     Return the dataset, and the maximum number of rows that it pulls in advance (see `compute_max_rows_ahead`).
     `num_calls` is the number of elements that are augmented in parallel; None if elements are not augmented.
     """
-    num_elements = num_elements or 2 * replicas
+    num_elements = num_elements or 2 * num_replicas
     options = tf.data.Options()
     options.deterministic = True
     options.autotune.enabled = False  # all degrees of parallelism and buffer sizes are fixed
@@ -87,7 +92,7 @@ def _prefetch(
     if source.threads:
         options.threading.private_threadpool_size = source.threads
     max_rows_ahead = compute_max_rows_ahead(
-        rows, source.parallel, num_elements + DEVICE_BUFFER_ELEMENTS * replicas + (num_calls or 0)
+        rows_per_element, source.parallel, num_elements + DEVICE_BUFFER_ELEMENTS * num_replicas + (num_calls or 0)
     )
     return batches.prefetch(num_elements).with_options(options), max_rows_ahead
 
@@ -120,57 +125,61 @@ class EpochAugmentation:
 
 
 def build_training_batches(
-    source: BatchSource, order: Order, *, replicas: int, augmentation: Augmentation, views: int | None = None
+    source: BatchSource, order: Order, *, num_replicas: int, augmentation: Augmentation, num_views: int | None = None
 ) -> Batches:
     """Build this worker's infinite stream of training batches.
 
     The last global batch of an epoch is padded with rows of weight 0. An element has batch_size / workers / replicas
-    rows. `replicas` consecutive elements are this worker's rows of a global batch. Iterate within
+    rows. `num_replicas` consecutive elements are this worker's rows of a global batch. Iterate within
     `trainer.data.images.convert_data_errors`, so that an error names the unreadable example.
 
     Args:
         order: the order of the examples, and the step at which the stream begins.
-        replicas: number of replicas on this worker.
+        num_replicas: number of replicas on this worker.
         augmentation: how images are augmented. With mixup or cutmix, elements also have the keys `other_label` and
             `mix`, and must have an even number of rows.
-        views: number of different augmentations of each image: epoch e has the same augmentation as epoch e % views.
-            If None, the augmentation differs in each epoch.
+        num_views: number of different augmentations of each image: epoch e has the same augmentation as epoch
+            e % num_views. If None, the augmentation differs in each epoch.
     """
 
     @without_autograph
     def augment_rows(batch: Row) -> Row:
         epoch = batch.pop("epoch")
-        view = epoch % views if views else epoch
+        view = epoch % num_views if num_views else epoch
         batch["image"] = augment(batch["image"], augmentation, order.seed, view, batch["index"])
         if augmentation.mixes:
             batch |= mix_pairs(batch, augmentation, order.seed, epoch)
         return batch
 
     part_orders = [replace(order, sharding=sharding) for sharding in order.sharding.split_into_parts()]
-    blocks, rows = [make_training_blocks(source.split, part) for part in part_orders], order.rows_per_worker // replicas
+    blocks = [make_training_blocks(source.split, part) for part in part_orders]
+    rows_per_element = order.rows_per_worker // num_replicas
     num_calls = source.parallel if augmentation.active else None
     # Unless the cardinality is known to be infinite, a strategy makes all workers check for the end of the dataset at
     # each step.
     assert_infinite = tf.data.experimental.assert_cardinality(tf.data.INFINITE_CARDINALITY)
     if len(blocks) == 1:
-        batches = _build_batches(source, blocks[0], None, rows)
+        batches = _build_batches(source, blocks[0], num_blocks=None, batch_size=rows_per_element)
     else:
         parts = tf.data.Dataset.zip(
-            tuple(_build_batches(source, block, None, part_orders[0].rows_per_worker) for block in blocks)
+            tuple(
+                _build_batches(source, block, num_blocks=None, batch_size=part_orders[0].rows_per_worker)
+                for block in blocks
+            )
         )
-        batches = parts.map(_concatenate).rebatch(rows, drop_remainder=True)
+        batches = parts.map(_concatenate).rebatch(rows_per_element, drop_remainder=True)
     dataset, max_rows_ahead = _prefetch(
         batches.map(augment_rows, num_parallel_calls=num_calls).apply(assert_infinite),
-        source, rows, replicas, num_calls, 0,
+        source, rows_per_element, num_replicas, num_calls, num_elements=0,
     )  # fmt: skip
 
     def open_gate() -> ShardGate | ShardGates:
         if len(blocks) == 1:
-            return source.open_gate("training", compute_block_shards(blocks[0], None), max_rows_ahead)
+            return source.open_gate("training", compute_block_shards(blocks[0], count=None), max_rows_ahead)
         names = [f"training, part {part.sharding.worker_index}" for part in part_orders]
         return ShardGates(
             [
-                source.open_gate(n, compute_block_shards(b, None), max_rows_ahead)
+                source.open_gate(n, compute_block_shards(b, count=None), max_rows_ahead)
                 for n, b in zip(names, blocks, strict=True)
             ]
         )
@@ -179,8 +188,8 @@ def build_training_batches(
 
 
 def build_evaluation_batches(
-    source: BatchSource, *, batch_size: int, replicas: int, fraction: float = 1.0, sharding: Sharding = UNSHARDED,
-    rows: int | None = None,
+    source: BatchSource, *, batch_size: int, num_replicas: int, fraction: float = 1.0, sharding: Sharding = UNSHARDED,
+    rows_per_element: int | None = None,
 ) -> Batches:  # fmt: skip
     """Build the batches that this worker scores. Together, the workers score each selected example once.
 
@@ -189,23 +198,23 @@ def build_evaluation_batches(
 
     Args:
         batch_size: rows per global batch.
-        replicas: number of replicas on this worker.
+        num_replicas: number of replicas on this worker.
         fraction: fraction of the global batches to score; see `select_examples_to_score` in trainer/data/order.py.
         sharding: the index of this worker, and the number of workers.
-        rows: rows per element. Defaults to batch_size / workers / replicas. If set, each worker scores complete
-            elements.
+        rows_per_element: number of rows of an element; defaults to batch_size / workers / replicas. If set, each worker
+            scores complete elements.
     """
-    indices = select_examples_to_score(source.split, batch_size, fraction, sharding, rows)
-    rows = rows * replicas if rows else batch_size // sharding.num_workers
-    return build_indexed_batches(source, indices, rows=rows, replicas=replicas)
+    indices = select_examples_to_score(source.split, batch_size, fraction, sharding, rows_per_element)
+    rows_per_batch = rows_per_element * num_replicas if rows_per_element else batch_size // sharding.num_workers
+    return build_indexed_batches(source, indices, rows_per_batch=rows_per_batch, num_replicas=num_replicas)
 
 
 def build_indexed_batches(
     source: BatchSource,
     indices: np.ndarray,
     *,
-    rows: int,
-    replicas: int,
+    rows_per_batch: int,
+    num_replicas: int,
     view: EpochAugmentation | None = None,
     num_prefetched: int = 0,
 ) -> Batches:
@@ -213,12 +222,13 @@ def build_indexed_batches(
 
     Args:
         indices: example indices, int64 [n], increasing.
-        rows: this worker's rows in a global batch. An element has rows / replicas rows.
-        replicas: number of replicas on this worker.
+        rows_per_batch: this worker's rows in a global batch. An element has rows_per_batch / num_replicas rows.
+        num_replicas: number of replicas on this worker.
         view: how images are augmented; None for no augmentation.
         num_prefetched: number of elements to prefetch; 0 for 2 elements per replica.
     """
-    count, block = make_sequence_blocks(source.split, indices, rows)
+    num_blocks, block = make_sequence_blocks(source.split, indices, rows_per_batch)
+    rows_per_element = rows_per_batch // num_replicas
 
     @without_autograph
     def augment_rows(batch: Row) -> Row:
@@ -229,12 +239,18 @@ def build_indexed_batches(
         return batch
 
     num_calls = source.parallel if view is not None and view.augmentation.active else None
-    batches = _build_batches(source, block, count, rows // replicas).map(augment_rows, num_parallel_calls=num_calls)
+    batches = _build_batches(source, block, num_blocks, rows_per_element).map(
+        augment_rows, num_parallel_calls=num_calls
+    )
     padding = {name: tf.zeros(spec.shape, spec.dtype) for name, spec in batches.element_spec.items()}
     # Infinite padding, so that a strategy does not check for the end of the dataset.
     endless_batches = batches.concatenate(tf.data.Dataset.from_tensors(padding).repeat())
-    dataset, max_rows_ahead = _prefetch(endless_batches, source, rows // replicas, replicas, num_calls, num_prefetched)
-    num_batches = -(-len(indices) // rows)
-    return Batches(
-        dataset, num_batches, lambda: source.open_gate("evaluation", compute_block_shards(block, count), max_rows_ahead)
+    dataset, max_rows_ahead = _prefetch(
+        endless_batches, source, rows_per_element, num_replicas, num_calls, num_prefetched
     )
+    num_batches = -(-len(indices) // rows_per_batch)
+
+    def open_gate() -> ShardGate:
+        return source.open_gate("evaluation", compute_block_shards(block, num_blocks), max_rows_ahead)
+
+    return Batches(dataset, num_batches, open_gate)

@@ -76,7 +76,7 @@ def prepare(config: RequestedConfig, output: str, part: tuple[int, int] = (0, 1)
         for error in [*dataset.skipped, *(error for entry in entries for error in entry.skipped)]:
             log.info(f"skipped {replace_local_paths(error, addresses)}")
         # JPEG and PNG images are stored with their EXIF data, so training must ignore it too.
-        orientation_argument = " data.orientation=ignore" * (data.orientation == "ignore")
+        orientation_argument = " data.orientation=ignore" if data.orientation == "ignore" else ""
         summary = (
             f"{output_path} holds {sum(e.count for e in entries)} images of {len(dataset.class_names)} classes in "
             f"{format_count(len(entries), 'shard')} ({sum(e.bytes for e in entries) / 2**20:.1f} MB); train on it: "

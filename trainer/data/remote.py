@@ -12,7 +12,7 @@ from pathlib import Path
 from trainer.config.schema import Data, RequestedConfig, Runtime
 from trainer.data.csv_source import plan_copies
 from trainer.data.tfds_folder import INFO_FILE, LABELS_FILE, MANIFEST_FILE, METADATA_FILES, parse_manifest
-from trainer.errors import DataError, TrainerError
+from trainer.errors import DataError, TrainerError, format_count
 from trainer.names import escape_unprintable
 from trainer.storage.base import ObjectInfo
 from trainer.storage.disk import choose_disk_budget
@@ -180,7 +180,8 @@ def _open_shard_cache(
     prepared = find_prepared_files(address)
     if prepared is None:
         return None
-    cache_folder, check_address = runtime.cache_folder, partial(check_stop, address)
+    cache_folder = runtime.cache_folder
+    check_address = partial(check_stop, address)
     budget, _ = choose_disk_budget(runtime.disk_budget, cache_folder)
     cache = ShardCache(address, prepared.shards, cache_folder, budget, log_message, check_address, prepared.metadata)
     download_missing_files(address, prepared.metadata, cache.folder, log_message, check_address)
@@ -191,6 +192,6 @@ def _open_shard_cache(
 def describe_shards(prepared: PreparedFiles, budget: int) -> str:
     """Describe the number and size of the shards, and their maximum size on disk, which is at most `budget` bytes."""
     num_bytes = sum(info.size for info in prepared.shards.values())
-    subject = f"{len(prepared.shards):,} shard{'s' * (len(prepared.shards) != 1)}"
+    subject = format_count(len(prepared.shards), "shard")
     disk_limit = f"{min(num_bytes, budget) / 1e6:,.1f} MB at most on disk"
     return f"{subject}, {num_bytes / 1e6:,.1f} MB, are fetched while they are used, {disk_limit}"

@@ -135,7 +135,10 @@ class ShardGate:
         assert self.shards is not None
         self._has_block(last)
         required_names = dict.fromkeys(name for _, names in list(self._blocks)[: last + 1] for name in names)
-        selected_names, later_bytes, later_rows, position = dict(required_names), 0, 0, last + 1
+        selected_names = dict(required_names)
+        later_bytes = 0
+        later_rows = 0
+        position = last + 1
         while later_bytes < self.shards.budget and later_rows < self.split.count and self._has_block(position):
             assert isinstance(self.shards, ShardCache)  # local shards have the budget 0
             for name in self._blocks[position][1]:

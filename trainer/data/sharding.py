@@ -97,7 +97,8 @@ def count_steps_per_epoch(split: Split, batch_size: int, sharding: Sharding = UN
     """
     if sharding.by_file:
         num_parts = sharding.virtual_replicas or sharding.num_workers
-        sizes, rows = count_shard_records(split), batch_size // num_parts
+        sizes = count_shard_records(split)
+        rows = batch_size // num_parts
         return max(-(-int(sizes[shards].sum()) // rows) for shards in assign_shards(split, num_parts))
     return -(-split.count // batch_size)
 

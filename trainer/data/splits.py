@@ -88,7 +88,7 @@ def describe_class_counts(labels: np.ndarray, class_names: Sequence[str]) -> str
     """Describe the number of examples in total and in each of the ten rarest classes, such as "7 (cat 3, dog 4)"."""
     counts = np.bincount(labels, minlength=len(class_names))
     class_indices = np.arange(len(counts)) if len(counts) <= 10 else np.sort(np.argsort(counts, kind="stable")[:10])
-    ellipsis = ", ..." * (len(counts) > 10)
+    ellipsis = ", ..." if len(counts) > 10 else ""
     return f"{len(labels)} ({', '.join(f'{class_names[i]} {counts[i]}' for i in class_indices)}{ellipsis})"
 
 

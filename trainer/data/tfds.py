@@ -106,7 +106,8 @@ def resolve_splits(dataset_info: Any, data: Data) -> tuple[dict[str, str], dict[
     Raises:
         DataError: a split does not exist, is empty, or has a shard outside the dataset's folder.
     """
-    specs, notes = list_split_specs(data, dataset_info.splits), []
+    specs = list_split_specs(data, dataset_info.splits)
+    notes = []
     ranges = {name: resolve_split_string(dataset_info, spec, name) for name, spec in specs.items()}
     for name in [n for n in ("validation", "test") if n in specs and getattr(data, f"{n}_split") is None]:
         remaining = _subtract_ranges(ranges[name], ranges["train"])
@@ -358,7 +359,8 @@ def hold_out_splits(train: Split, fractions: dict[str, float], seed: int) -> tup
     Returns:
         All splits by name, including train; and a list with one note if the new splits are a random sample.
     """
-    count, sizes = train.count, compute_split_sizes(train.count, fractions)
+    count = train.count
+    sizes = compute_split_sizes(train.count, fractions)
     class_counts = np.bincount(train.labels)
 
     def cut(order: np.ndarray) -> dict[str, np.ndarray]:
@@ -373,7 +375,8 @@ def hold_out_splits(train: Split, fractions: dict[str, float], seed: int) -> tup
         expected_counts = class_counts * len(indices) / count  # P(a sample lacks a class) = exp(-expected_count)
         return bool((is_absent & ((expected_counts >= 3) | ((name == "train") & (class_counts > 0)))).any())
 
-    cuts, notes = cut(np.arange(count)), []
+    cuts = cut(np.arange(count))
+    notes = []
     if any(lacks_class(name, indices) for name, indices in cuts.items()):
         # Relative rank in the class, between 0 and 1. In this order, any tail has the same fraction of each class.
         relative_rank = (rank_within_classes(train.labels, seed) + 0.5) / class_counts[train.labels]

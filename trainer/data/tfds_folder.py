@@ -191,7 +191,8 @@ class DatasetFolder:
             template = tfds.core.ShardedFileTemplate(data_dir=local_dir, dataset_name=name, filetype_suffix="tfrecord")
             split_infos = []
             for split, entries in splits.items():
-                shard_lengths, size = [entry.count for entry in entries], sum(entry.bytes for entry in entries)
+                shard_lengths = [entry.count for entry in entries]
+                size = sum(entry.bytes for entry in entries)
                 split_infos.append(tfds.core.SplitInfo(split, shard_lengths, size, template.replace(split=split)))
             tfds.folder_dataset.write_metadata(
                 data_dir=local_dir, features=features, split_infos=split_infos, filename_template=template,

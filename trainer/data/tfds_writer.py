@@ -327,18 +327,18 @@ def write_dataset(
     return [entries[plan.file] for plan in all_plans]
 
 
-def _write_shards(plans: list[ShardPlan], folder: Path, workers: int, progress: Callable[[int], None]) -> Any:
-    """Write shards in `workers` threads. Yield each shard's temporary file and entry as soon as it is written.
+def _write_shards(plans: list[ShardPlan], folder: Path, num_threads: int, progress: Callable[[int], None]) -> Any:
+    """Write shards in `num_threads` threads. Yield each shard's temporary file and entry as soon as it is written.
 
     Threads suffice, because decoding releases the GIL. `progress` is called with the number of images written so far.
     """
     done_marks: list[None] = []  # one element per image, because appending to a list needs no lock
-    if workers <= 1 or len(plans) <= 1:
+    if num_threads <= 1 or len(plans) <= 1:
         for plan in plans:
             yield _write_shard(plan, folder, lambda: done_marks.append(None))
             progress(len(done_marks))
         return
-    with ThreadPoolExecutor(min(workers, len(plans))) as pool:
+    with ThreadPoolExecutor(min(num_threads, len(plans))) as pool:
         completed: set[Future[tuple[Path, ShardEntry]]] = set()
         pending = {pool.submit(_write_shard, plan, folder, lambda: done_marks.append(None)) for plan in plans}
         try:

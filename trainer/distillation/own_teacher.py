@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 from trainer.cluster.control import ControlChannel
 from trainer.config.distillation import TRAIN_TEACHER, get_teacher_address, prefix_teacher_key
-from trainer.config.schema import RequestedConfig, configure_teacher
+from trainer.config.schema import RequestedConfig, derive_teacher_config
 from trainer.errors import ConfigError, TrainerError
 from trainer.monitoring.log import log
 from trainer.runs.folder import create_output_folder, inspect_folder, is_finished
@@ -32,12 +32,12 @@ def choose_teacher_or_student(
     Raises:
         ConfigError: output_dir contains another run or other files, or `resume` forbids this start.
     """
-    teacher = configure_teacher(config)
+    teacher = derive_teacher_config(config)
     if teacher is None:
         return config, None
     if config.output_dir is None:
         config = config.model_copy(update={"output_dir": str(create_output_folder(config.experiment_name))})
-        teacher = configure_teacher(config)
+        teacher = derive_teacher_config(config)
         assert teacher is not None
     elif (
         control.is_chief and config.resume == "must" and not (storage_path(config.output_dir) / "config.yaml").exists()
@@ -56,7 +56,7 @@ def must_train(config: RequestedConfig, teacher: RequestedConfig) -> bool:
 
     Args:
         config: configuration of the student's run.
-        teacher: configuration of the teacher's run, from `configure_teacher`.
+        teacher: configuration of the teacher's run, from `derive_teacher_config`.
 
     Raises:
         ConfigError: the student's run cannot use its output_dir, or the config.yaml of the teacher's run is invalid.

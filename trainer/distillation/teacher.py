@@ -126,7 +126,9 @@ def load_teacher(worker: Worker, images: ImageStore, run: str, recorded: str | N
         ConfigError: the config.yaml of the teacher's run is not valid in this version.
         ModelError: the teacher's network cannot be built.
     """
-    config, dataset, control = images.config, images.dataset, worker.control
+    config = images.config
+    dataset = images.dataset
+    control = worker.control
     assert config.distillation
     address = locate_teacher(config.distillation.teacher, run)
     alpha, temperature = config.distillation.alpha, config.distillation.temperature
@@ -138,7 +140,8 @@ def load_teacher(worker: Worker, images: ImageStore, run: str, recorded: str | N
     at_temperature = f" at temperature {temperature:g}" if temperature != 1 else ""
     log.info(f"teacher: {properties['summary']}; loss = {loss}{at_temperature}")
 
-    split, num_classes = dataset.splits["train"], len(dataset.class_names)
+    split = dataset.splits["train"]
+    num_classes = len(dataset.class_names)
     resize = properties["model"]["resize"] if properties["model"] else config.model.resize
     key = (_FORMAT, properties["fingerprint"], dataset.fingerprint, split.count, resize, split.orientation,
            config.runtime.precision)  # fmt: skip
@@ -170,7 +173,8 @@ def _build(
             with tempfile.TemporaryDirectory(prefix="kubetune-teacher-") as folder:
                 teacher_files.write_saved_model(arrays, Path(folder))
                 return load_saved_model_teacher(Path(folder), address)
-        num_classes, seed = len(images.dataset.class_names), images.config.seed
+        num_classes = len(images.dataset.class_names)
+        seed = images.config.seed
         classifier = rebuild_classifier(Model(**model), num_classes, seed, arrays, f"{KEY}={address}")
     variable_bytes = count_variable_bytes(classifier.variables.values())
     return Teacher(classifier.image_size, classifier.logits, variable_bytes, classifier)
@@ -203,15 +207,21 @@ def _compute_soft_labels(
 
     The images are resized to the teacher's input size with its resize mode. Return None after a stop request.
     """
-    control, config, labels_file, resize = worker.control, images.config, configured.labels_file, configured.resize
-    split, num_classes = images.dataset.splits["train"], len(images.dataset.class_names)
+    control = worker.control
+    config = images.config
+    labels_file = configured.labels_file
+    resize = configured.resize
+    split = images.dataset.splits["train"]
+    num_classes = len(images.dataset.class_names)
     health.set_activity("the soft labels of the teacher")
     subject = f"{split.count:,} training images at {teacher.image_size} px"
     log.info(f"soft labels of {subject}: computed once, stored in {labels_file}")
     same_images = (teacher.image_size, resize) == (images.size, config.model.resize)  # as the student's
     pixels = images.open_split("train") if same_images else images.open_resized("train", teacher.image_size, resize)
     batch_size = ROWS_PER_CALL * worker.replicas * worker.size
-    predictions = Scorer(worker, teacher, sharding, rows=ROWS_PER_CALL).score(pixels, batch_size, "soft labels")
+    predictions = Scorer(worker, teacher, sharding, rows_per_call=ROWS_PER_CALL).score(
+        pixels, batch_size, "soft labels"
+    )
     if worker.should_stop("while soft labels were computed"):
         return None
     # Examples without a prediction have an undecodable image, so their weight in training is 0.

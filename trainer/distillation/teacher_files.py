@@ -32,14 +32,14 @@ class TeacherFiles:
     home: StoragePath  # folder of the SavedModel or of the checkpoint
     classes: tuple[str, ...]  # class names in the order of the logits
     fingerprint: str  # 16 hex digits of SHA-256: of all files of a SavedModel; of a checkpoint's weights and `model`
-    files: dict[str, int]  # path relative to `home` -> size in bytes; for a checkpoint, only variables.npz
+    bytes_by_file: dict[str, int]  # path relative to `home` -> size; for a checkpoint, only variables.npz
     model: config.Model | None = None  # configuration of a checkpoint's network; None for a SavedModel
 
     @property
     def summary(self) -> str:
         """A one-line description: address, backbone and checkpoint (or "a SavedModel"), number of classes, size."""
         kind = f"{self.model.backbone}, checkpoint {self.home.name}" if self.model else "a SavedModel"
-        return f"{self.address} ({kind}, {len(self.classes)} classes, {sum(self.files.values()) / 1e6:,.1f} MB)"
+        return f"{self.address} ({kind}, {len(self.classes)} classes, {sum(self.bytes_by_file.values()) / 1e6:,.1f} MB)"
 
     @property
     def properties(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def _describe_saved_model(address: str, home: StoragePath) -> TeacherFiles:
 def _describe_checkpoint(address: str, home: StoragePath) -> TeacherFiles:
     """Describe the best or newest checkpoint of the run in `home`. Raise a DataError if it has none or is corrupt."""
     try:
-        settings = config.load_resolved(config.parse_config((home / "config.yaml").read()))
+        settings = config.validate_resolved_config(config.parse_config((home / "config.yaml").read()))
     except ConfigError as error:
         problem = f"its config.yaml cannot be used: {error}"
         raise ConfigError(problem, key=KEY, value=address, fix="give a run of this version, or its export") from None
@@ -111,7 +111,8 @@ def _describe_checkpoint(address: str, home: StoragePath) -> TeacherFiles:
     except CONTENT_ERRORS:
         raise DataError(f"{folder} or run.json is corrupt", key=KEY, value=address, fix=fix) from None
     identity = json.dumps([manifest, settings.model.model_dump()], sort_keys=True)
-    fingerprint, sizes = hashlib.sha256(identity.encode()).hexdigest()[:16], {"variables.npz": size}
+    fingerprint = hashlib.sha256(identity.encode()).hexdigest()[:16]
+    sizes = {"variables.npz": size}
     return TeacherFiles(address, folder, classes, fingerprint, sizes, settings.model)
 
 
@@ -128,7 +129,7 @@ def read_scores(address: str, fingerprint: str) -> dict[str, Any] | None:
         missing; a SavedModel has none.
     """
     with suppress(DataError):
-        return read_json(storage_path(address) / "report" / "report.json", partial(_parse_scores, fingerprint), "")
+        return read_json(storage_path(address) / "report" / "report.json", partial(_parse_scores, fingerprint), fix="")
     return None
 
 
@@ -192,7 +193,7 @@ def read_weights(teacher: TeacherFiles) -> dict[str, np.ndarray]:
         DataError: a file is missing, or a file of a checkpoint does not match its size or checksum.
     """
     if teacher.model is None:
-        return {name: np.frombuffer((teacher.home / name).read(), np.uint8) for name in teacher.files}
+        return {name: np.frombuffer((teacher.home / name).read(), np.uint8) for name in teacher.bytes_by_file}
     try:
         return select_inference_weights(read_checkpoint(teacher.home)[1])
     except DataError as error:

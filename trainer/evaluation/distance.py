@@ -43,7 +43,8 @@ def build_embedding_distance(reference: Mapping[str, Any]) -> EmbeddingDistance 
     floored_variances = np.maximum(variances, max(MIN_VARIANCE * variances.mean(), 1e-12))
     whitening = directions / np.sqrt(floored_variances)
     projection = moments.get("projection")
-    center, rms = mean @ whitening, float(np.sqrt((variances / floored_variances).sum()))
+    center = mean @ whitening
+    rms = float(np.sqrt((variances / floored_variances).sum()))
     if projection is not None:
         whitening = np.asarray(projection, np.float64) @ whitening
     return EmbeddingDistance(len(whitening), whitening, center, rms, str(reference.get("split", "held-out")))

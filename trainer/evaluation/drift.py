@@ -135,7 +135,8 @@ def merge_bins(reference: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, n
 
     Return both histograms with the same merged bins.
     """
-    minimum, edges = MIN_BIN_FRACTION * reference.sum(), [0]
+    minimum = MIN_BIN_FRACTION * reference.sum()
+    edges = [0]
     for edge in range(1, len(reference) + 1):
         if min(reference[edges[-1] : edge].sum(), reference[edge:].sum()) >= minimum:
             edges.append(edge)
@@ -175,7 +176,9 @@ def estimate_embedding_distance_quantile(
     `embedding` in reference.json (Efron and Tibshirani 1993, chapter 6).
     """
     mean, covariance = np.asarray(reference["mean"], np.float64), np.asarray(reference["covariance"], np.float64)
-    root, generator, width = _square_root(covariance), np.random.default_rng(seed), len(mean)
+    root = _square_root(covariance)
+    generator = np.random.default_rng(seed)
+    width = len(mean)
 
     def sample_moments(count: int) -> tuple[np.ndarray, np.ndarray]:
         """Draw the mean and covariance of a sample."""
@@ -356,7 +359,8 @@ def read_log(address: str, reference: Mapping[str, Any], period: LogPeriod) -> t
         )
     class_indices = {name: i for i, name in enumerate(reference["classes"])}
     embedding_width = len(reference["embedding"]["mean"]) if "embedding" in reference else 0
-    window, num_invalid = PredictionWindow(len(class_indices)), 0
+    window = PredictionWindow(len(class_indices))
+    num_invalid = 0
     for line in (line for file in files for line in file.read().decode("utf-8", "replace").splitlines()):
         try:
             row = json.loads(line)

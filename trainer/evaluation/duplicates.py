@@ -18,7 +18,9 @@ from scipy.sparse.csgraph import connected_components
 THUMBNAIL_SIDE = 16  # pixels
 MAX_HASH_DISTANCE = 6  # bits in which the hashes of two candidates may differ
 MIN_CORRELATION = 0.99  # between the thumbnails of two duplicates
-_MIN_STD = 3.0  # an image is blank if the standard deviation of its thumbnail's values, 0 to 255, is below this
+# An image is blank if the standard deviation of its thumbnail's values, 0 to 255, is below this. It is computed over
+# all pixels and channels together, so that a gray area is blank, but not an area of one color such as red.
+_MIN_STD = 3.0
 _IMAGES_PER_BATCH = 8  # resized at a time; they fit the CPU cache, so they are resized 9 times as fast as 256 at a time
 _HASH_PAIRS_PER_BATCH = 2_000_000  # compared at a time; their differing bits take 16 MB
 _THUMBNAIL_PAIRS_PER_BATCH = 50_000  # compared at a time
@@ -69,19 +71,19 @@ def _iterate_close_pairs(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.nd
         segment = (hashes >> np.uint64(first_bit)) & np.uint64((1 << int(end_bit - first_bit)) - 1)
         order = np.argsort(segment, kind="stable")
         bounds = np.flatnonzero(np.diff(segment[order])) + 1
-        for bucket in np.split(order, bounds):
-            step = max(_HASH_PAIRS_PER_BATCH // len(bucket), 1)
-            for start in range(0, len(bucket) - 1, step):
-                rows = bucket[start : start + step]
-                distances = np.bitwise_count(hashes[rows][:, None] ^ hashes[bucket][None, :])
-                is_later = np.arange(len(bucket))[None, :] > np.arange(start, start + len(rows))[:, None]
+        for members in np.split(order, bounds):  # indices of the hashes with the same value of this segment
+            step = max(_HASH_PAIRS_PER_BATCH // len(members), 1)
+            for start in range(0, len(members) - 1, step):
+                rows = members[start : start + step]
+                distances = np.bitwise_count(hashes[rows][:, None] ^ hashes[members][None, :])
+                is_later = np.arange(len(members))[None, :] > np.arange(start, start + len(rows))[:, None]
                 left, right = np.nonzero((distances <= MAX_HASH_DISTANCE) & is_later)
                 if len(left):
-                    yield rows[left], bucket[right]
+                    yield rows[left], members[right]
 
 
 def _find_duplicate_pairs(thumbnails: np.ndarray) -> np.ndarray:
-    """Return the pairs of duplicates among thumbnails, uint8 [n, 16, 16, 3], as pairs of their rows, int64 [2, k].
+    """Return the pairs of duplicates among thumbnails, uint8 [n, 16, 16, 3], as row indices, int64 [2, pairs].
 
     Only the first image with each hash is compared: with the other images that have this hash, and with the first
     images of close hashes. The search stops at `MAX_DUPLICATE_PAIRS`.
@@ -89,13 +91,15 @@ def _find_duplicate_pairs(thumbnails: np.ndarray) -> np.ndarray:
     if len(thumbnails) < 2:
         return np.zeros((2, 0), np.int64)
     hashes, first_rows, inverse = np.unique(hash_thumbnails(thumbnails), return_index=True, return_inverse=True)
+    # Centered and scaled to length 1, so that the dot product of two vectors is the correlation of their thumbnails.
     vectors = thumbnails.reshape(len(thumbnails), -1).astype(np.float32)
     vectors -= vectors.mean(axis=1, keepdims=True)
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-6)
     first_with_hash = first_rows[inverse]  # row of the first image with the same hash
     repeated_rows = np.flatnonzero(first_with_hash != np.arange(len(inverse)))
     close_pairs = (first_rows[np.stack(pair)] for pair in _iterate_close_pairs(hashes))
-    accepted_pairs, num_accepted = [np.zeros((2, 0), np.int64)], 0
+    accepted_pairs = [np.zeros((2, 0), np.int64)]
+    num_accepted = 0
     for candidates in chain([np.stack([first_with_hash[repeated_rows], repeated_rows])], close_pairs):
         for start in range(0, candidates.shape[1], _THUMBNAIL_PAIRS_PER_BATCH):
             left, right = batch = candidates[:, start : start + _THUMBNAIL_PAIRS_PER_BATCH]
@@ -116,7 +120,7 @@ def find_duplicates(
     """Return `duplicates` of report.json: the groups of images that occur more than once.
 
     Groups with several labels are listed first, beginning with those in several splits. The other groups in several
-    splits follow. At most `MAX_LISTED_GROUPS` are listed. Blank images are ignored.
+    splits follow. At most `MAX_LISTED_GROUPS` are listed. Blank images (`_MIN_STD`) are ignored.
 
     Args:
         thumbnails: by split, the indices int64 [n] of the compared examples and their thumbnails uint8 [n, 16, 16, 3].
@@ -124,17 +128,24 @@ def find_duplicates(
         describe_example: function from an example's split and index to its `split`, `index`, `file` and `label` (class
             name).
         list_all: whether groups within one split and class, which are otherwise only counted, are also listed, last.
+
+    Returns:
+        `compared`: number of compared images by split; `across_splits`, `different_labels`: number of groups with
+        images in several splits, with several labels; `within_one_split_and_class`: number of all other groups;
+        `groups`: the listed groups. Each of these has the keys `count`, its number of images; `across_splits`, whether
+        they are in several splits; `labels`, the names of their classes; and `members`, the descriptions of the first
+        `MAX_LISTED_MEMBERS` images.
     """
-    splits = list(thumbnails)
-    per_split = [
-        (np.full(len(indices), split_index), indices, labels[name][indices], images)
-        for split_index, (name, (indices, images)) in enumerate(thumbnails.items())
-    ]
-    columns = [np.concatenate(column) for column in zip(*per_split, strict=True)]
-    is_not_blank = columns[-1].reshape(len(columns[-1]), -1).std(axis=1) >= _MIN_STD
-    row_splits, row_indices, row_labels, images = (column[is_not_blank] for column in columns)
-    left, right = _find_duplicate_pairs(images)
-    graph = coo_array((np.ones(len(left), bool), (left, right)), shape=(len(images),) * 2)
+    split_names = list(thumbnails)
+    # One row per compared image: its index in `split_names`, its example index in the split, its class, its thumbnail.
+    row_splits = np.concatenate([np.full(len(indices), i) for i, (indices, _) in enumerate(thumbnails.values())])
+    row_indices = np.concatenate([indices for indices, _ in thumbnails.values()])
+    row_labels = np.concatenate([labels[name][indices] for name, (indices, _) in thumbnails.items()])
+    row_images = np.concatenate([images for _, images in thumbnails.values()])
+    is_not_blank = row_images.reshape(len(row_images), -1).std(axis=1) >= _MIN_STD
+    row_splits, row_indices, row_labels = (column[is_not_blank] for column in (row_splits, row_indices, row_labels))
+    left, right = _find_duplicate_pairs(row_images[is_not_blank])
+    graph = coo_array((np.ones(len(left), bool), (left, right)), shape=(len(row_indices),) * 2)
     _, components = connected_components(graph, directed=False)
     order = np.argsort(components, kind="stable")
     groups = [group for group in np.split(order, np.flatnonzero(np.diff(components[order])) + 1) if len(group) > 1]
@@ -148,14 +159,18 @@ def find_duplicates(
     notable_groups = [group_index for group_index in ranked_groups if ranks[group_index]]
 
     def describe_all(rows: np.ndarray) -> list[dict[str, Any]]:
-        return [describe_example(splits[row_splits[i]], int(row_indices[i])) for i in rows]
+        return [describe_example(split_names[row_splits[i]], int(row_indices[i])) for i in rows]
 
     entries = []
-    for k in (ranked_groups if list_all else notable_groups)[:MAX_LISTED_GROUPS]:
-        _, first_with_label = np.unique(row_labels[groups[k]], return_index=True)
-        names = sorted({member["label"] for member in describe_all(groups[k][first_with_label])})
-        members = describe_all(groups[k][:MAX_LISTED_MEMBERS])
-        entries.append({"count": len(groups[k]), "across_splits": spans_splits[k], "labels": names, "members": members})
+    for group_index in (ranked_groups if list_all else notable_groups)[:MAX_LISTED_GROUPS]:
+        group = groups[group_index]
+        _, first_with_label = np.unique(row_labels[group], return_index=True)
+        entries.append({
+            "count": len(group),
+            "across_splits": spans_splits[group_index],
+            "labels": sorted({member["label"] for member in describe_all(group[first_with_label])}),
+            "members": describe_all(group[:MAX_LISTED_MEMBERS]),
+        })  # fmt: skip
     return {
         "compared": {name: len(indices) for name, (indices, _) in thumbnails.items()},
         "across_splits": sum(spans_splits),

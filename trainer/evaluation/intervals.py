@@ -42,7 +42,8 @@ def compute_macro_f1_interval(confusion: np.ndarray) -> tuple[float, float]:
         confusion: number of examples per truth (row) and prediction (column), int [c, c]; at least one example.
     """
     truth, prediction = np.nonzero(confusion)
-    is_correct, counts = truth == prediction, confusion[truth, prediction]
+    is_correct = truth == prediction
+    counts = confusion[truth, prediction]
     n, num_classes = int(counts.sum()), len(confusion)
     generator = np.random.default_rng([n, num_classes])
     batch_size = max(_COUNTS_PER_BATCH // max(len(counts), num_classes), 1)

@@ -55,7 +55,9 @@ def measure_calibration(confidence: np.ndarray, correct: np.ndarray) -> tuple[fl
     error = 0.0
     for bin_index, (low, high) in enumerate(pairwise(edges.tolist())):
         in_bin = bin_indices == bin_index
-        count, mean_confidence, accuracy = int(in_bin.sum()), None, None
+        count = int(in_bin.sum())
+        mean_confidence = None
+        accuracy = None
         if count:
             mean_confidence, accuracy = float(confidence[in_bin].mean(dtype=np.float64)), float(correct[in_bin].mean())
             error += count / len(confidence) * abs(accuracy - mean_confidence)

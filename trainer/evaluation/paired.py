@@ -40,7 +40,8 @@ def compare_paired(first: np.ndarray, second: np.ndarray) -> PairedComparison:
 
 def adjust_p_values(p_values: Sequence[float]) -> list[float]:
     """Return the p-values adjusted for their number by Holm's step-down method (1979), in the order of `p_values`."""
-    adjusted_p_values, highest = [0.0] * len(p_values), 0.0
+    adjusted_p_values = [0.0] * len(p_values)
+    highest = 0.0
     for rank, i in enumerate(np.argsort(p_values, kind="stable")):
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[i]))
         adjusted_p_values[i] = highest

@@ -96,7 +96,8 @@ class Predictor:
             The predictions, without those for padding.
         """
         chunks: list[Predictions] = []
-        stream, local_results = iter(batches), self.strategy.experimental_local_results
+        stream = iter(batches)
+        local_results = self.strategy.experimental_local_results
         for i in range(count):
             health.record_progress(i, count)
             if not is_ready():
@@ -128,7 +129,7 @@ class Scorer:
         network: Network,
         sharding: Sharding = UNSHARDED,
         on_wait: Callable[[float], None] = lambda _: None,
-        rows: int | None = None,
+        rows_per_call: int | None = None,
         embedder: EmbeddingNetwork | None = None,
     ) -> None:
         """Create a scorer.
@@ -138,16 +139,17 @@ class Scorer:
             network: the network, built in the scope of the worker's strategy.
             sharding: which examples this worker predicts.
             on_wait: called with the seconds of each wait for shards from a bucket.
-            rows: images per replica and device call; defaults to the batch size per replica.
+            rows_per_call: images per replica and device call; defaults to the batch size per replica.
             embedder: the same network if it should compute embeddings too.
         """
-        self.worker, self.sharding, self.on_wait, self.rows = worker, sharding, on_wait, rows
+        self.worker, self.sharding = worker, sharding
+        self.on_wait, self.rows_per_call = on_wait, rows_per_call
         self.predictor = Predictor(worker.strategy, network, embedder)
         self._opened: list[tuple[BatchSource, tuple[int, float], Batches, Any]] = []
 
     def with_embeddings(self, network: EmbeddingNetwork) -> "Scorer":
         """Return a scorer with the settings of this one that also computes the embeddings of `network`."""
-        return Scorer(self.worker, network, self.sharding, self.on_wait, self.rows, embedder=network)
+        return Scorer(self.worker, network, self.sharding, self.on_wait, self.rows_per_call, embedder=network)
 
     def score(
         self,
@@ -178,10 +180,12 @@ class Scorer:
             Interrupted: the bucket with the shards does not respond.
         """
         batches, stream = self._open(source, batch_size, fraction)
-        rows = self.rows * self.worker.replicas if self.rows else batch_size // self.sharding.num_workers
+        rows_per_batch = batch_size // self.sharding.num_workers
+        if self.rows_per_call:
+            rows_per_batch = self.rows_per_call * self.worker.replicas
         gate = batches.open_gate()
         with convert_data_errors(source):
-            ready = partial(self._wait_for_shards, gate, rows)
+            ready = partial(self._wait_for_shards, gate, rows_per_batch)
             predictions = self.predictor.predict(stream, batches.count or 0, ready, embedded)
         gate.close()
         if self.worker.size > 1:
@@ -203,8 +207,8 @@ class Scorer:
             if opened_source is source and settings == (batch_size, fraction):
                 return batches, stream
         batches = build_evaluation_batches(
-            source, batch_size=batch_size, replicas=self.worker.replicas, fraction=fraction, sharding=self.sharding,
-            rows=self.rows,
+            source, batch_size=batch_size, num_replicas=self.worker.replicas, fraction=fraction, sharding=self.sharding,
+            rows_per_element=self.rows_per_call,
         )  # fmt: skip
         stream = self.worker.strategy.distribute_datasets_from_function(lambda _: batches.dataset)
         self._opened.append((source, (batch_size, fraction), batches, stream))

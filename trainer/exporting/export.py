@@ -70,14 +70,17 @@ def export_classifier(
     Raises:
         ModelError: a written file cannot be loaded.
     """
-    config, dataset, image_size = images.config, images.dataset, classifier.image_size
+    config = images.config
+    dataset = images.dataset
+    image_size = classifier.image_size
     if len(scored.embedded_indices):
         positions = np.searchsorted(scored.indices, scored.embedded_indices)
     else:
         positions = choose_parity_examples(len(scored.indices))
     parity_images = images.read_images(scored.split, scored.indices[positions])
     embeddings = np.asarray(scored.embeddings) if len(scored.embeddings) else explainer(parity_images)["embedding"]
-    class_names, resize = dataset.class_names, config.model.resize
+    class_names = dataset.class_names
+    resize = config.model.resize
     calibration_indices = _sample_indices(dataset.splits["train"].count, MAX_CALIBRATION_IMAGES)
     reference = compute_reference(scored.split, class_names, scored.probabilities, embeddings, image_size, resize)
     reference["orientation"] = config.data.orientation
@@ -118,9 +121,9 @@ def open_images(run: StoredRun, size: int) -> ImageStore:
     """
     uncached = run.config.data.model_copy(update={"cache": "none"})
     config = run.config.model_copy(update={"data": uncached, "model": disable_pretrained_weights(run.config.model)})
-    data = stage_and_open_run_dataset(config, log.info, lambda _: None, stream=False)
+    data = stage_and_open_run_dataset(config, log.info, check_stop=lambda _: None, stream=False)
     data = replace(data, dataset=map_to_run_classes(run, data.dataset))
-    return ImageStore(data, config, size, lambda _: None)
+    return ImageStore(data, config, size, check_stop=lambda _: None)
 
 
 def score_all(explainer: Explainer, images: ImageStore, split: str) -> SplitPredictions:
@@ -149,7 +152,8 @@ def export_run(run: StoredRun, folder: Path, checkpoint: LoadedCheckpoint) -> di
         ModelError: the classifier cannot be built, or a written file cannot be loaded.
     """
     classifier = open_classifier(run, checkpoint)
-    images, explainer = open_images(run, classifier.image_size), make_explainer(classifier)
+    images = open_images(run, classifier.image_size)
+    explainer = make_explainer(classifier)
     split = choose_scored_split(images.dataset.splits)
     log.info(f"exporting {checkpoint.name} (step {checkpoint.step}) of {run.address}, after scoring "
         f"{images.dataset.splits[split].count:,} {split} examples")  # fmt: skip
@@ -180,7 +184,7 @@ def record_exports(run: StoredRun, folder: Path, in_run: bool, exports: dict[str
         delete_temporary_files(
             report_path.parent
         )  # temporary files of a killed export, not deleted by `export_formats`
-    report = read_json_or_default(report_path, _parse_report, {}) if in_run else {}
+    report = read_json_or_default(report_path, _parse_report, default={}) if in_run else {}
     if not report:
         if in_run and report_path.exists():
             log.info(f"{report_path} is corrupt: it is not updated; the scores are in {folder}/export.json")

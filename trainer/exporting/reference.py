@@ -50,7 +50,8 @@ def compute_reference(
         vectors, projection_entry = vectors @ projection, {"projection": projection.tolist()}
     covariance = np.atleast_2d(np.cov(vectors, rowvar=False))
     embedding = {"n": len(vectors), "mean": _round(vectors.mean(0)), "covariance": _round(covariance)}
-    edges, counts = [i / CONFIDENCE_BINS for i in range(CONFIDENCE_BINS + 1)], window.confidences.tolist()
+    edges = [i / CONFIDENCE_BINS for i in range(CONFIDENCE_BINS + 1)]
+    counts = window.confidences.tolist()
     return {
         "classes": [normalize_class_name(name) for name in class_names],
         "n": len(probabilities),

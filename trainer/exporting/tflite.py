@@ -33,7 +33,8 @@ def add_metadata(model: bytes, class_names: Sequence[str]) -> bytes:
     """Return the content of a .tflite file, with descriptions of its input and output and the class names added."""
     model_table = schema.ModelT.InitFromPackedBuf(model, 0)
     model_table.metadata = [entry for entry in model_table.metadata or [] if entry.name != METADATA_NAME]
-    buffer, entry = schema.BufferT(), schema.MetadataT()
+    buffer = schema.BufferT()
+    entry = schema.MetadataT()
     buffer.data = list(_build_metadata())
     entry.name, entry.buffer = METADATA_NAME, len(model_table.buffers)
     model_table.buffers.append(buffer)

@@ -111,11 +111,13 @@ def score(classify: Classify, held_out: ParityExamples, check: Callable[[], None
             finite.
         `timing`: `milliseconds_per_image`, the median over `TIMED_CALLS` calls with one image.
     """
-    images, batches = held_out.images, []
+    images = held_out.images
+    batches = []
     for start in range(0, len(images), BATCH_SIZE):
         check()
         batches.append(classify(images[start : start + BATCH_SIZE]))
-    probabilities, seconds = np.concatenate(batches), []
+    probabilities = np.concatenate(batches)
+    seconds = []
     for i in range(WARMUP_CALLS + TIMED_CALLS):
         image = images[i % len(images)][None]
         start_time = time.perf_counter()

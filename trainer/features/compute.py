@@ -96,7 +96,8 @@ class FeaturePass:
 
     def _find_missing(self, request: FeatureRequest, view: int, exchange: bool) -> np.ndarray:
         """Return which examples lack features on this worker or, with `exchange`, on any worker, as bool [count]."""
-        is_missing, control = request.features.find_missing(view), self.worker.control
+        is_missing = request.features.find_missing(view)
+        control = self.worker.control
         if not exchange:
             return is_missing
         gathered = control.gather("missing features", np.packbits(is_missing).tobytes())
@@ -155,7 +156,8 @@ class FeaturePass:
         self, pixels: Pixels, shard: np.ndarray, augmentation: Augmentation, view: int
     ) -> Generator[tuple[Any, Any], None, None]:
         """Yield the images and weights of each device call, from an input pipeline that decodes and augments images."""
-        replicas, view_settings = self.worker.replicas, EpochAugmentation(augmentation, self.images.config.seed, view)
+        replicas = self.worker.replicas
+        view_settings = EpochAugmentation(augmentation, self.images.config.seed, view)
         # Decode many batches while the trunk is compiled. If shards have to be fetched, prefetch only the default (0).
         max_batches = MAX_DECODED_BYTES // (self.images_per_call // replicas * self.classifier.image_size**2 * 3)
         num_batches = -(-len(shard) // self.images_per_call) * replicas
@@ -163,8 +165,8 @@ class FeaturePass:
         batches = build_indexed_batches(
             pixels,
             shard,
-            rows=self.images_per_call,
-            replicas=replicas,
+            rows_per_batch=self.images_per_call,
+            num_replicas=replicas,
             view=view_settings,
             num_prefetched=num_prefetched,
         )
@@ -182,7 +184,8 @@ class FeaturePass:
 
     def _iterate_cached_images(self, pixels: Pixels, shard: np.ndarray) -> Generator[tuple[Any, Any], None, None]:
         """Yield the images and weights of each device call, from the image cache. Consecutive images are not copied."""
-        all_images, padding_index = pixels.tensor(), pixels.split.count
+        all_images = pixels.tensor()
+        padding_index = pixels.split.count
         per_replica = self.images_per_call // self.worker.replicas
         unreadable_indices = list(pixels.unreadable)
         for first in range(0, len(shard), self.images_per_call):
@@ -223,7 +226,8 @@ class FeaturePass:
             return lambda images, weights: [join_replicas(weights), *converted.features(join_replicas(images))]
         key = tuple(cut.layer for cut in cuts)
         if key not in self._compiled:
-            trunk, strategy = Trunk(self.classifier, cuts), self.worker.strategy
+            trunk = Trunk(self.classifier, cuts)
+            strategy = self.worker.strategy
 
             def replica(images: tf.Tensor, weights: tf.Tensor) -> list[tf.Tensor]:
                 return [weights, *trunk.features(images)]

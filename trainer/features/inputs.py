@@ -54,7 +54,9 @@ def open_inputs(
     Raises:
         DataError: an image cannot be read, or a feature is too large for float16.
     """
-    augmentation, input_kind, engine = images.config.augmentation, plan.input_kinds[name], plan.engines[name]
+    augmentation = images.config.augmentation
+    input_kind = plan.input_kinds[name]
+    engine = plan.engines[name]
     views = images.config.phases[name].augmented_views if augmentation.active else None
     feature_pass = FeaturePass(worker, images, classifier, engine)
     network: Network = classifier
@@ -62,7 +64,7 @@ def open_inputs(
         network = LiteRTClassifier(classifier, plan.cut(name), feature_pass.convert_trunk([plan.cut(name)]))
 
     def make_scorer(scored: Network) -> Scorer:
-        return Scorer(worker, scored, scorer.sharding, on_wait=scorer.on_wait, rows=scorer.rows)
+        return Scorer(worker, scored, scorer.sharding, on_wait=scorer.on_wait, rows_per_call=scorer.rows_per_call)
 
     if input_kind == "live":
         live_scorer = scorer if network is classifier else make_scorer(network)
@@ -146,9 +148,12 @@ class FeatureCache:
         Such a phase reads the same views of the split, but at a different cut, and computes the trunk with the same
         engine. Neither `phase` nor any phase between the two updates the later phase's trunk.
         """
-        names, phases, kinds = list(self.images.config.phases), self.images.config.phases, self.plan.input_kinds
+        names = list(self.images.config.phases)
+        phases = self.images.config.phases
+        kinds = self.plan.input_kinds
         updated_variables: set[str] = set()
-        later_phases, cut_layers = [], {self.plan.cut(phase).layer}
+        later_phases = []
+        cut_layers = {self.plan.cut(phase).layer}
         for previous, later in pairwise(names[names.index(phase) :]):
             updated_variables |= self.plan.divisions[previous].updated
             if split == "train":
@@ -171,15 +176,19 @@ class FeatureCache:
             disk_used: bytes of the disk budget that other features of the same pass use.
         """
         config, runtime, options = self.images.config, self.images.config.runtime, self.images.config.phases[phase]
-        cut, examples, training = self.plan.cut(phase), self.images.dataset.splits[split], config.training
+        cut = self.plan.cut(phase)
+        examples = self.images.dataset.splits[split]
+        training = config.training
         is_augmented = split == "train" and config.augmentation.active
         views = (options.augmented_views or 1) if is_augmented else 1
         if split == "validation":
-            fraction, scorer = training.validation_share, self.scorer
+            fraction = training.validation_share
+            scorer = self.scorer
             indices = select_examples_to_score(examples, training.batch_size, fraction, scorer.sharding, scorer.rows)
         else:
             indices = select_worker_examples(examples, self.scorer.sharding)
-        dtype, threads = select_stored_dtype(options, cut), runtime.data_threads
+        dtype = select_stored_dtype(options, cut)
+        threads = runtime.data_threads
         features = Features(examples, cut.shape, dtype, views, indices, threads, log.info)
         disk_budget, _ = choose_disk_budget(runtime.disk_budget, runtime.cache_folder)
         if memory_budget is None and disk_used + features.num_bytes > disk_budget:

@@ -66,7 +66,8 @@ class LiteRTTrunk:
 
 def _convert(classifier: Classifier, cuts: Sequence[Cut]) -> bytes:
     """Return the layers below the cuts as a .tflite model: image, float32 [1, S, S, 3] -> features at each cut."""
-    size, trunk = classifier.image_size, Trunk(classifier, cuts)
+    size = classifier.image_size
+    trunk = Trunk(classifier, cuts)
     spec = [tf.TensorSpec([1, size, size, 3], tf.float32, "image")]
     features = tf.function(trunk.features, input_signature=spec, autograph=False).get_concrete_function()
     converter = tf.lite.TFLiteConverter.from_concrete_functions([features], classifier.backbone)

@@ -9,7 +9,7 @@ from trainer.cluster.control import ControlChannel
 from trainer.config.schema import Phase, RunConfig
 from trainer.data.images import ImageStore
 from trainer.data.sharding import count_steps_per_epoch
-from trainer.errors import ConfigError, ModelError
+from trainer.errors import ConfigError, ModelError, format_count
 from trainer.features.cut import Cut, find_cut
 from trainer.features.store import count_feature_bytes
 from trainer.models.classifier import Classifier
@@ -145,18 +145,21 @@ def plan_features(
     """
     num_train = dataset.splits["train"].count
     num_validation = dataset.splits["validation"].count if "validation" in dataset.splits else 0
-    per_epoch = count_steps_per_epoch(dataset.splits["train"], config.training.batch_size)
+    steps_per_epoch = count_steps_per_epoch(dataset.splits["train"], config.training.batch_size)
     choices = {}
     for name, phase in config.phases.items():
         if error := config.find_feature_error(name):  # automatic phases were not validated before
             raise error
-        cut, epochs = divisions[name].cut, config.phase_steps(phase, per_epoch) / per_epoch
+        cut = divisions[name].cut
+        epochs = config.count_phase_steps(phase, steps_per_epoch) / steps_per_epoch
         choice = _choose_input(config, phase, cut, epochs, num_train + num_validation, budget)
         if phase.features == "cached" and choice.input_kind != "cached":
             key, fix = f"phases.{name}.features", "use features=auto or live"
             raise ConfigError(choice.reason, key=key, value="cached", fix=fix)
         if cut and choice.input_kind != "cached" and phase.features == "auto" and epochs > 1:
-            num_bytes = count_feature_bytes(cut.shape, select_stored_dtype(phase, cut), 1, num_validation)
+            num_bytes = count_feature_bytes(
+                cut.shape, select_stored_dtype(phase, cut), num_views=1, num_examples=num_validation
+            )
             if num_bytes <= budget:
                 clause = f"validation on features of {num_validation:,} images at {cut}, {format_bytes(num_bytes)}"
                 choice = FeatureChoice("validation", f"{choice.reason}; {clause}")
@@ -179,14 +182,15 @@ def plan_engines(
     Raises:
         ConfigError: `runtime.trunk_engine` is `litert`, and a phase cannot use LiteRT.
     """
-    requested, counts = config.runtime.trunk_engine, {name: split.count for name, split in dataset.splits.items()}
-    per_epoch = count_steps_per_epoch(dataset.splits["train"], config.training.batch_size)
+    requested = config.runtime.trunk_engine
+    counts = {name: split.count for name, split in dataset.splits.items()}
+    steps_per_epoch = count_steps_per_epoch(dataset.splits["train"], config.training.batch_size)
     choices = {}
     for name, phase in config.phases.items():
         if input_kinds[name] == "cached":
             images = counts["train"] * (phase.augmented_views or 1) + counts.get("validation", 0)
         else:
-            images = config.phase_steps(phase, per_epoch) * config.training.batch_size
+            images = config.count_phase_steps(phase, steps_per_epoch) * config.training.batch_size
         obstacle = _find_litert_obstacle(config, device, compiled[name])
         if requested == "litert" and obstacle:
             fix = "use auto or tensorflow"
@@ -272,12 +276,12 @@ def _choose_input(
         return FeatureChoice("live", f"no frozen layer with weights is below all layers that thaw={phase.thaw} trains")
     views = phase.augmented_views or 1
     num_bytes = count_feature_bytes(cut.shape, select_stored_dtype(phase, cut), views, num_examples)
-    views_text = f"{views} view{'s' * (views > 1)}"
+    views_text = format_count(views, "view")
     description = f"{views_text} of {num_examples:,} images at {cut}, {format_bytes(num_bytes)}"
     if num_bytes > budget:
         return FeatureChoice("live", f"{description} fit neither runtime.memory_budget_gb nor runtime.disk_budget_gb")
     num_epochs = math.ceil(epochs)
-    epochs_text = f"{num_epochs} epoch{'s' * (num_epochs > 1)}"
+    epochs_text = format_count(num_epochs, "epoch")
     if phase.features == "auto" and views >= num_epochs:
         return FeatureChoice("live", f"{views_text} would be computed for {epochs_text}")
     return FeatureChoice("cached", f"{description}, computed once for {epochs_text}")

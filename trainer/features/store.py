@@ -19,7 +19,7 @@ from trainer.data.host import allocate_array, count_usable_cpus
 from trainer.data.images import wrap_array
 from trainer.data.order import BlockShards
 from trainer.data.shard_gate import ShardGate
-from trainer.errors import DataError
+from trainer.errors import DataError, format_count
 from trainer.runs.checkpoints import crc32c_hex
 from trainer.storage.small_files import CONTENT_ERRORS
 from trainer.types import LogMessage, Split
@@ -55,7 +55,7 @@ class Features:
     @property
     def row_bytes(self) -> int:
         """Size of one example's features in one view, in bytes."""
-        return count_feature_bytes(self.shape, self.dtype, 1, 1)
+        return count_feature_bytes(self.shape, self.dtype, num_views=1, num_examples=1)
 
     @property
     def location(self) -> str:
@@ -173,9 +173,9 @@ def delete_features(file: Path) -> None:
         file.with_suffix(suffix).unlink(missing_ok=True)
 
 
-def count_feature_bytes(shape: tuple[int, ...], dtype: str, views: int, examples: int) -> int:
+def count_feature_bytes(shape: tuple[int, ...], dtype: str, num_views: int, num_examples: int) -> int:
     """Return the size of stored features in bytes. `shape` is the shape of one example's features in one view."""
-    return views * examples * int(np.prod(shape)) * STORED_DTYPES[dtype].itemsize
+    return num_views * num_examples * int(np.prod(shape)) * STORED_DTYPES[dtype].itemsize
 
 
 def open_features(features: Features, file: Path, memory_budget: int | None, disk_budget: int) -> Features | None:
@@ -223,7 +223,8 @@ def open_features(features: Features, file: Path, memory_budget: int | None, dis
 def _load_rows(features: Features) -> None:
     """Mark rows on disk that match their checksums as stored, and copy them to `features.array` unless it is None."""
     assert features.file
-    corrupt_blocks, rows_per_view = set[tuple[int, int, int]](), features.split.count + 1
+    corrupt_blocks = set[tuple[int, int, int]]()
+    rows_per_view = features.split.count + 1
     with open(features.file.with_suffix(".rows"), "rb") as rows_file:
         for line in features.file.with_suffix(".list").read_text(errors="replace").splitlines():
             try:
@@ -250,7 +251,7 @@ def _load_rows(features: Features) -> None:
                     values = np.frombuffer(content, STORED_DTYPES[features.dtype]).reshape(count, *features.shape)
                     features.array[start : start + count] = values
     if corrupt_blocks:
-        blocks = f"{len(corrupt_blocks)} block{'s' * (len(corrupt_blocks) > 1)}"
+        blocks = format_count(len(corrupt_blocks), "block")
         features.log_message(f"{blocks} of {features.file}.rows corrupt; computing the features again")
 
 

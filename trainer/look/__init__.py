@@ -19,7 +19,7 @@ the server of the dataset does not respond.
 import sys
 
 from trainer.cli.arguments import MATCH_ALL, parse_arguments
-from trainer.cli.compose import compose, is_sweep, load_and_require_read
+from trainer.cli.compose import compose, load_and_require_read, requests_sweep
 from trainer.cli.process import choose_and_log_source, configure_log, exit_with_code, suppress_import_noise
 from trainer.config.schema import apply_overfit
 from trainer.errors import ConfigError
@@ -45,7 +45,7 @@ def main() -> None:
     with exit_with_code():
         options, arguments = parse_arguments(sys.argv[1:], __doc__, ARGUMENTS, other_arguments=MATCH_ALL)
         max_images = parse_images(options)
-        if is_sweep(arguments):
+        if requests_sweep(arguments):
             raise ConfigError("a sweep has no page, only a single run has one", fix="remove --multirun and sweep=...")
         arguments = choose_and_log_source(arguments)
         composed = compose(arguments)

@@ -112,7 +112,9 @@ def _read_file_header(path: str) -> Header | None:
 
 def _read_record_headers(split: Split, indices: np.ndarray, shards: ShardCache | None) -> Headers:
     """Read the headers of records, and the values of their other fields."""
-    result, selected_split, position = Headers(), select_examples(split, indices), 0
+    result = Headers()
+    selected_split = select_examples(split, indices)
+    position = 0
     for path, ranges in groupby(selected_split.shards, lambda shard: shard.path):
         if shards:
             shards.require(_READER, [os.path.basename(path)])

@@ -48,7 +48,8 @@ def suggest(facts: Facts) -> list[Suggestion]:
 
 def _suggest_repairs(facts: Facts) -> Iterator[Suggestion]:
     """Suggest to skip unreadable files if a run would fail at them, and to use ignored EXIF orientations."""
-    count, settings = len(facts.skipped) + len(facts.undecodable), facts.settings
+    count = len(facts.skipped) + len(facts.undecodable)
+    settings = facts.settings
     if count and settings.on_error == "fail":
         reason = f"{format_count(count, 'file or record', 'files or records')} cannot be read, and a run ends with exit"
         yield Suggestion(
@@ -83,7 +84,8 @@ def _suggest_correcting_labels(facts: Facts) -> Iterator[Suggestion]:
 
 def _suggest_splits(facts: Facts) -> Iterator[Suggestion]:
     """Suggest a fraction for a missing or small split, or more images for a small split that cannot be enlarged."""
-    settings, totals = facts.settings, {name: sum(counts) for name, counts in facts.counts.items()}
+    settings = facts.settings
+    totals = {name: sum(counts) for name, counts in facts.counts.items()}
     if settings.source == "digits" or settings.is_trial:
         return
     num_divisible = totals["train"] + sum(totals[name] for name in facts.from_train)
@@ -128,7 +130,8 @@ def _suggest_class_weights(facts: Facts) -> Iterator[Suggestion]:
 
 def _suggest_image_size(facts: Facts) -> Iterator[Suggestion]:
     """Suggest a larger image size if most images are larger, or a smaller one if most images are smaller."""
-    settings, shorter = facts.settings, facts.shorter_side.get("median", 0)
+    settings = facts.settings
+    shorter = facts.shorter_side.get("median", 0)
     size = settings.image_size
     if not shorter:
         return
@@ -152,7 +155,8 @@ def _suggest_resize(facts: Facts) -> Iterator[Suggestion]:
     """Suggest to crop if stretching distorts the images much, or to stretch if cropping discards much of them."""
     if not facts.elongation:
         return
-    elongation, total = facts.elongation["median"], max(sum(facts.aspects.values()), 1)
+    elongation = facts.elongation["median"]
+    total = max(sum(facts.aspects.values()), 1)
     names = list(facts.aspects)
     square_index = names.index("square")
     tall = sum(facts.aspects[name] for name in names[:square_index]) / total

@@ -56,7 +56,7 @@ def format_summary(facts: Facts, suggestions: Sequence[Suggestion], page: str) -
     total, examined = sum(map(sum, facts.counts.values())), sum(facts.examined.values())
     coverage = "all examined" if examined == total else f"{examined:,} examined"
     classes = format_count(len(facts.class_names), "class", "classes")
-    lines = [f"{shorten_name(facts.name, 30)}: {format_count(total, 'image')} of {classes}, {coverage}"]
+    lines = [f"{shorten_name(facts.name, max_length=30)}: {format_count(total, 'image')} of {classes}, {coverage}"]
     lines += format_counts(facts.class_names, facts.counts)
     lines.append(_wrap("formats", f"{_list_counts(facts.formats)}; {_list_counts(facts.modes)}"))
     lines.append(_wrap("sizes", _format_sizes(facts)))
@@ -69,6 +69,6 @@ def format_summary(facts: Facts, suggestions: Sequence[Suggestion], page: str) -
     lines += [_wrap("note", note) for note in notes[:_MAX_NOTES]]
     lines.append("suggestions" if suggestions else "no suggestions")
     for suggestion in suggestions:
-        lines.append(_wrap("-", f"{suggestion.title}: {suggestion.reason}", 2))
+        lines.append(_wrap("-", f"{suggestion.title}: {suggestion.reason}", width=2))
         lines += [f"      {suggestion.arguments}"] if suggestion.settings else []
     return "\n".join([*lines, f"page {page}"])

@@ -177,7 +177,8 @@ def find_backbone(name: str) -> BackboneSpec:
     Raises:
         ModelError: no backbone has that name. Its `fix` suggests the closest name, or lists all names.
     """
-    registry, normalized = get_backbones(), _normalize(name)
+    registry = get_backbones()
+    normalized = _normalize(name)
     if normalized in registry:
         return registry[normalized]
     matches = difflib.get_close_matches(normalized, registry, 1, cutoff=0.5)

@@ -64,7 +64,8 @@ class PaddingAwareBatchNormalization(keras.layers.BatchNormalization):
         if weights is None or not (training and self.trainable):
             return super().call(inputs, training=training, mask=mask)
         x = tf.cast(inputs, tf.float32)  # the statistics are float32 under every precision policy
-        reduction_axes, channels = list(range(len(x.shape) - 1)), x.shape[-1]
+        reduction_axes = list(range(len(x.shape) - 1))
+        channels = x.shape[-1]
         assert self.axis in (-1, len(x.shape) - 1), "channels come last"
         weights = tf.reshape(weights, [-1] + [1] * len(reduction_axes))
         count = tf.reduce_sum(tf.ones_like(x[..., :1]) * weights)

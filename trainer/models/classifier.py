@@ -230,14 +230,16 @@ def build_classifier(config: ModelConfig, class_count: int, seed: int) -> Classi
         # a resumed run would differ from an uninterrupted one.
         if isinstance(layer, keras.layers.Dropout):
             layer.rate = 0.0
-    hidden, num_inputs, units = [], backbone.output_shape[-1], config.hidden_units
+    hidden = []
+    num_inputs = backbone.output_shape[-1]
+    units = config.hidden_units
     for i, name in enumerate(_name_hidden_layers(len(units))):
         layer_seed = seed if i == 0 else seed + 1 + i  # the output layer has seed + 1
         activation = None if config.hidden_batch_norm else "relu"
         dense = _build_dense(units[i], num_inputs, name, layer_seed, activation)
         hidden.append(HiddenLayer(dense, _build_norm(units[i], f"{name}_norm") if config.hidden_batch_norm else None))
         num_inputs = units[i]
-    output = _build_dense(class_count, num_inputs, "output", seed + 1, None)
+    output = _build_dense(class_count, num_inputs, "output", seed + 1, activation=None)
     return Classifier(
         spec, backbone, tuple(hidden), output,
         pooling=config.pooling, dropout=config.dropout, l2=config.l2, image_size=image_size,

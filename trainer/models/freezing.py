@@ -151,7 +151,8 @@ def _select_layers(classifier: Classifier, thaw: str) -> set[int]:
     names = [layer.name for layer in classifier.backbone.layers]
     starts = classifier.spec.find_block_starts(names)
     rule, _, value = thaw.partition(":")
-    count, network = len(names), classifier.spec.name
+    count = len(names)
+    network = classifier.spec.name
 
     match rule:
         case "none" | "all":

@@ -93,7 +93,8 @@ def prepare_weights(
         Interrupted: weights cannot be downloaded, the disk is full, or the bucket does not respond.
         ModelError: a backbone has no weights for this alpha, or the server refuses the download.
     """
-    folder, names = storage_path(output.rstrip("/")), []
+    folder = storage_path(output.rstrip("/"))
+    names = []
     for spec, alpha in backbones:
         for size in spec.weight_sizes or (spec.default_size,):
             name = spec.name_weights_file(size, alpha)

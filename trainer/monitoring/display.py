@@ -60,7 +60,9 @@ def format_status_line(width: int, phase: PhaseProgress | None, metric_texts: li
     if phase and health.phase == phase.name and health.activity in ("training", phase.name):
         step, epoch = int(health.values.get("step", 0)), int(health.values.get("epoch", 1))
         fields = [phase.name[:MAX_NAME_LENGTH], f"epoch {epoch}/{phase.last_epoch}"]
-        done, total, seconds_left = step - phase.first_step, phase.steps, phase.seconds_left(step, now)
+        done = step - phase.first_step
+        total = phase.steps
+        seconds_left = phase.seconds_left(step, now)
     elif phase and health.phase not in (START, FINISH):
         fields = [phase.name[:MAX_NAME_LENGTH], *fields]
     if total:

@@ -1,7 +1,8 @@
 """HTTP server for `/healthz` and `/metrics` of this process, on `runtime.http_port`.
 
 It runs in daemon threads, so that it responds while the main thread is blocked in TensorFlow. If a call holds the GIL,
-so that no Python thread runs, a training process's watchdog process responds on the same listening socket.
+so that no Python thread runs, a training process's watchdog process (`trainer.cluster.watchdog_process`) responds on
+the same listening socket.
 """
 
 import socket
@@ -27,6 +28,7 @@ GAUGES = {  # name of a gauge, which gets the prefix "kubetune_" in Prometheus -
     "epoch": "Current epoch of the run, counted from 1 over all phases",
     "loss": "Mean training loss of the last logging interval",
     "images_per_second": "Images per second in the last logging interval, over all workers",
+    # Steps count unless a later start of the run has to repeat them, since it resumes from an older checkpoint.
     "goodput_ratio": "Fraction of the time since the first start of the run spent on steps that count",
     "data_wait_ratio": "Fraction of the last logging interval in which this worker waited for data",
     "workers": "Workers of the run",
@@ -34,19 +36,20 @@ GAUGES = {  # name of a gauge, which gets the prefix "kubetune_" in Prometheus -
     "last_progress_age_seconds": "Seconds since the last progress, as in /healthz",
     "checkpoint_age_seconds": "Seconds since the last saved state (at first, the start of training)",
 }
-CLIENT_TIMEOUT_SECONDS = 10.0  # of each read from, or write to, a client's connection
+CLIENT_TIMEOUT_SECONDS = 10.0  # maximum time of each read from a client's connection, and of each write to it
 
 
 class HealthCollector(Collector):
     """Collects a process's health as Prometheus metrics at each scrape. Gauges without a value are omitted."""
 
-    def __init__(self, health: Health, run: str) -> None:
-        self.health, self.run = health, run
+    def __init__(self, health: Health, run_label: str) -> None:
+        self.health = health
+        self.run_label = run_label
 
     def collect(self) -> Iterator[Metric]:
         """Yield the metrics at a scrape."""
         health = self.health
-        labels = {"run": self.run, "phase": health.phase, "version": trainer.__version__}
+        labels = {"run": self.run_label, "phase": health.phase, "version": trainer.__version__}
         yield InfoMetricFamily("kubetune", "The run, its phase, and the version of kubetune", labels)
         gauge_values: dict[str, float | None] = {
             **health.values,
@@ -76,19 +79,19 @@ class _DualStackServer(ThreadingHTTPServer):
             log_traceback(error)
 
 
-def serve(port: int, health: Health, run: str) -> ThreadingHTTPServer:
+def serve(port: int, health: Health, run_label: str) -> ThreadingHTTPServer:
     """Start an HTTP server for `/healthz` and `/metrics` in daemon threads, and return it.
 
     Args:
         port: TCP port on all interfaces (`runtime.http_port`).
         health: the health that both paths report.
-        run: value of the label `run` of the metrics, such as the run's output_dir.
+        run_label: value of the label `run` of the metrics, such as the run's output_dir.
 
     Raises:
         ConfigError: the server cannot listen on `port`.
     """
     registry = CollectorRegistry()
-    registry.register(HealthCollector(health, run))
+    registry.register(HealthCollector(health, run_label))
     ProcessCollector(registry=registry)
     stall_logged = threading.Event()  # set once the current stall is logged
 
@@ -98,7 +101,9 @@ def serve(port: int, health: Health, run: str) -> ThreadingHTTPServer:
         def do_GET(self) -> None:
             """Respond to `/healthz` and `/metrics`; 404 for any other path."""
             path = self.path.partition("?")[0]
-            status, body, content_type = 404, b"the paths are /healthz and /metrics\n", "text/plain; charset=utf-8"
+            status = 404
+            body = b"the paths are /healthz and /metrics\n"
+            content_type = "text/plain; charset=utf-8"
             if path == "/metrics":
                 status, (body, content_type) = 200, encode_metrics(registry, self.headers.get("Accept") or "")
             elif path == "/healthz":

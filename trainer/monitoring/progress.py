@@ -1,4 +1,4 @@
-"""Show progress: a bar or log lines while images are written, and log lines during slow activities."""
+"""Show progress: a bar or log lines while images are written to shards, and log lines during slow activities."""
 
 import sys
 import threading
@@ -9,18 +9,24 @@ from contextlib import contextmanager
 from trainer.monitoring.health import health
 from trainer.monitoring.log import log, set_display_descriptor
 
-ShowProgress = Callable[[int, int], None]  # arguments: number of images written so far, number of all images
+ImageProgress = Callable[[int, int], None]  # arguments: number of images written so far, number of images to write
+LOG_INTERVAL_SECONDS = 10.0  # minimum time between two log lines about written images
+SLOW_SECONDS = 10.0  # default time until `log_while_slow` logs its first line
 
 
 @contextmanager
-def show_image_progress(style: str) -> Iterator[ShowProgress]:
+def show_image_progress(style: str) -> Iterator[ImageProgress]:
     """Yield a function that shows the number of written images in a bar or in log lines.
 
-    Lines are logged at most every ten seconds, and once all images are written. `style` is `runtime.progress`: "bar",
-    "lines", or "auto", which is a bar if stdout is a terminal. Each change of the number is recorded in `health`.
+    Lines are logged at most every `LOG_INTERVAL_SECONDS`, and once all images are written. Each change of the number is
+    recorded in `health` as progress.
+
+    Args:
+        style: `runtime.progress`: "bar", "lines", or "auto", which is a bar if stdout is a terminal.
     """
     started_at = last_logged_at = time.monotonic()
-    previous_count = logged_count = -1
+    previous_count: int | None = None  # `done` of the last call
+    logged_count: int | None = None  # `done` of the last log line
 
     def show_line(done: int, total: int) -> None:
         """Record progress, and log a line if the last line is old enough or all images are written."""
@@ -29,7 +35,7 @@ def show_image_progress(style: str) -> Iterator[ShowProgress]:
             previous_count = done
             health.record_progress()
         now = time.monotonic()
-        if done != logged_count and (done == total or now - last_logged_at >= 10):
+        if done != logged_count and (done == total or now - last_logged_at >= LOG_INTERVAL_SECONDS):
             last_logged_at, logged_count = now, done
             message = f"wrote {done} of {total} images ({done / max(now - started_at, 1e-3):.0f}/s)"
             log.info(message, extra={"fields": {"done": done, "total": total}})
@@ -47,6 +53,7 @@ def show_image_progress(style: str) -> Iterator[ShowProgress]:
         task = bar.add_task("writing", total=None)
 
         def show_bar(done: int, total: int) -> None:
+            """Record progress, and update the bar."""
             if done != bar.tasks[0].completed:
                 health.record_progress()
             bar.update(task, completed=done, total=total)
@@ -58,13 +65,11 @@ def show_image_progress(style: str) -> Iterator[ShowProgress]:
             set_display_descriptor(None)
 
 
-SLOW_SECONDS = 10.0  # default time until `log_while_slow` logs its first line
-
-
 @contextmanager
 def log_while_slow(activity: str, first_log_seconds: float = SLOW_SECONDS) -> Iterator[None]:
     """Log that `activity` is still running, after `first_log_seconds`, and then after 2, 4, 8, ... times as long."""
-    stopped, started_at = threading.Event(), time.monotonic()
+    stopped = threading.Event()
+    started_at = time.monotonic()
 
     def log_periodically() -> None:
         next_log_seconds = first_log_seconds
@@ -72,7 +77,7 @@ def log_while_slow(activity: str, first_log_seconds: float = SLOW_SECONDS) -> It
             log.info(f"still {activity}, for {time.monotonic() - started_at:.0f} s")
             next_log_seconds *= 2
 
-    thread = threading.Thread(target=log_periodically, name="slow", daemon=True)
+    thread = threading.Thread(target=log_periodically, name="log-while-slow", daemon=True)
     thread.start()
     try:
         yield

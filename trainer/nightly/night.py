@@ -231,7 +231,7 @@ def _serve_monitoring(runtime: Runtime) -> Iterator[None]:
     if not runtime.http_port:
         yield
         return
-    server = serve(runtime.http_port, health, "")
+    server = serve(runtime.http_port, health, run_label="")
     try:
         yield
     finally:

@@ -37,13 +37,13 @@ from trainer.types import Dataset, Split
 
 
 @contextmanager
-def fetch_metadata(address: str, files: Iterable[ObjectInfo]) -> Iterator[str]:
+def download_to_temporary_folder(address: str, files: Iterable[ObjectInfo]) -> Iterator[str]:
     """Context manager that downloads `files` to a temporary folder with the same base name as `address`.
 
-    It yields the path of the temporary folder.
+    It yields the path of that folder. A plan downloads the metadata of a TFDS folder with it.
     """
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch) / storage_path(address).name
+    with tempfile.TemporaryDirectory() as temporary_dir:
+        folder = Path(temporary_dir) / storage_path(address).name
         folder.mkdir()
         for file in files:
             file.path.download(safe_join(folder, file.path.name), expected=file)
@@ -61,8 +61,9 @@ def build_dataset_from_metadata(config: RequestedConfig, root: str) -> Dataset:
     import tensorflow_datasets as tfds
 
     data = config.data
-    files = [f for f in storage_path(root).list(recursive=False) if str(f.path).endswith((".json", ".txt"))]
-    with fetch_metadata(root, files) as folder:
+    infos = storage_path(root).list(recursive=False)
+    metadata_files = [info for info in infos if str(info.path).endswith((".json", ".txt"))]
+    with download_to_temporary_folder(root, metadata_files) as folder:
         try:
             info = tfds.builder_from_directory(folder).info
             source_class_names = tuple(map(normalize_class_name, info.features[data.label_field].names))
@@ -70,15 +71,18 @@ def build_dataset_from_metadata(config: RequestedConfig, root: str) -> Dataset:
             problem = f"is not a readable TFDS folder: {(str(error) or type(error).__name__).splitlines()[0]}"
             raise DataError(problem, key="data.root", value=root, fix="prepare it again, or set data.source") from None
     require_mapped_classes(source_class_names, data)
-    raw_data = RawData(info.name, get_display_names(source_class_names, data), {}, {})
+    raw_data = RawData(info.name, get_display_names(source_class_names, data), splits={}, identities={})
     class_names = reorder_classes(raw_data, get_ordered_display_names(data)).class_names
     shards = {name: tuple(ranges) for name, ranges in resolve_splits(info, data)[1].items()}
-    counts = {name: sum(s.stop - s.start for s in ranges) for name, ranges in shards.items()}
+    counts = {name: sum(shard.stop - shard.start for shard in ranges) for name, ranges in shards.items()}
     split_off_counts = compute_split_sizes(counts["train"], select_missing_fractions(data, counts))
     counts |= split_off_counts | {"train": counts["train"] - sum(split_off_counts.values())}
     if config.debug.max_examples:
         counts = {name: min(count, config.debug.max_examples) for name, count in counts.items()}
-    splits = {n: Split(n, np.zeros(c, np.int32), shards=shards.get(n, shards["train"])) for n, c in counts.items()}
+    splits = {
+        name: Split(name, labels=np.zeros(count, np.int32), shards=shards.get(name, shards["train"]))
+        for name, count in counts.items()
+    }
     return Dataset(info.name, class_names, splits, fingerprint="")
 
 
@@ -86,6 +90,7 @@ def plan_staging(address: str, cache: Path, budget: int) -> tuple[str | None, st
     """Describe the local copy of an address in a bucket, without downloading anything.
 
     Args:
+        address: a file, folder or pattern in a bucket.
         cache: cache folder of the copies.
         budget: maximum total size of the files in bytes.
 
@@ -97,7 +102,8 @@ def plan_staging(address: str, cache: Path, budget: int) -> tuple[str | None, st
         DataError: the address does not exist, cannot be read, or exceeds the budget.
     """
     local_copy = make_staging_plan(address, cache, budget)
-    missing, files = select_missing(local_copy.folder, local_copy.infos), list(local_copy.infos.values())
+    missing = select_missing(local_copy.folder, local_copy.infos)
+    files = list(local_copy.infos.values())
     suffix = f"; {describe_skipped_objects(local_copy.skipped_objects)}" if local_copy.skipped_objects else ""
     if not missing:
         return local_copy.path, f"{address}: is in {local_copy.folder} already{suffix}", files
@@ -116,13 +122,15 @@ def read_newest_state(config: RequestedConfig) -> dict[str, Any] | None:
     """
     folder = storage_path(config.output_dir or "")
     if folder.is_local:
-        checkpoints = CheckpointFolder(Path(str(folder)) / "checkpoints", 1, lambda _: None)
+        checkpoints = CheckpointFolder(Path(str(folder)) / "checkpoints", keep=1, log_message=lambda _: None)
         for step in reversed(checkpoints.list_steps()):
             with suppress(DataError):
                 return checkpoints.read(step)[0]
         return None
     names = read_pointer(folder / "checkpoints" / "LATEST")
-    return read_json(folder / "checkpoints" / names[0] / "state.json", require_json_object, "") if names else None
+    if not names:
+        return None
+    return read_json(folder / "checkpoints" / names[0] / "state.json", require_json_object, fix="")
 
 
 def check_output_writable(config: RequestedConfig) -> str:
@@ -156,14 +164,19 @@ def check_output_writable(config: RequestedConfig) -> str:
     return f"{folder}: a probe was written and deleted{location_note}; {free_bytes / 1e9:,.1f} GB free"
 
 
-def describe_warm_start(run: str) -> str:
-    """Describe in one line the checkpoints of `run`, the value of `warm_start`; raise a DataError if there are none."""
-    if is_remote(run):
-        if not (storage_path(run) / "checkpoints" / "LATEST").exists():
-            raise DataError("there is no checkpoint", key="warm_start", value=run, fix="use the output_dir of a run")
-        return f"{run}: has a committed checkpoint"
-    steps = open_local_checkpoints(run, Path(run).expanduser()).list_steps()
-    return f"{run}: has checkpoints at steps {', '.join(f'{step:,}' for step in steps[-3:])}"
+def describe_warm_start(address: str) -> str:
+    """Describe in one line the checkpoints at an address, the value of `warm_start`.
+
+    Raises DataError if there are none.
+    """
+    if is_remote(address):
+        if not (storage_path(address) / "checkpoints" / "LATEST").exists():
+            raise DataError(
+                "there is no checkpoint", key="warm_start", value=address, fix="use the output_dir of a run"
+            )
+        return f"{address}: has a committed checkpoint"
+    steps = open_local_checkpoints(address, Path(address).expanduser()).list_steps()
+    return f"{address}: has checkpoints at steps {', '.join(f'{step:,}' for step in steps[-3:])}"
 
 
 def match_local_warm_start(config: RunConfig, classifier: Classifier) -> str:
@@ -181,71 +194,76 @@ def match_local_warm_start(config: RunConfig, classifier: Classifier) -> str:
     return match_warm_start(collect_shapes(classifier.variables), collect_shapes(checkpoint_weights), address)[1]
 
 
-def check_teacher(address: str, classes: tuple[str, ...] | None) -> teacher_files.TeacherFiles:
+def check_teacher(address: str, class_names: tuple[str, ...] | None) -> teacher_files.TeacherFiles:
     """Return the description of a teacher's files, and check its classes.
 
     Args:
-        classes: the dataset's class names; None if they are unknown, so that the classes are not checked.
+        address: the teacher's address, the value of `distillation.teacher`.
+        class_names: the dataset's class names; None if they are unknown, so that the classes are not checked.
 
     Raises:
         DataError: there is no usable teacher at the address, or it has other classes than the dataset.
         ConfigError: the config.yaml of the teacher's run is not valid in this version.
     """
-    files = teacher_files.describe_teacher(address)
-    if classes is not None:
-        teacher_files.check_classes(address, files.classes, classes)
-    return files
+    teacher = teacher_files.describe_teacher(address)
+    if class_names is not None:
+        teacher_files.check_classes(address, teacher.classes, class_names)
+    return teacher
 
 
-def plan_teacher(
-    config: RunConfig, distillation: Distillation, dataset: Dataset, num_examples: int, replicas: int,
-    trained_first: Model | None = None,
+def check_and_estimate_teacher(
+    config: RunConfig, distillation: Distillation, dataset: Dataset, *, micro_batch_size: int, num_replicas: int,
+    untrained_model: Model | None = None,
 ) -> tuple[str, MemoryUses]:  # fmt: skip
     """Check the teacher as a run does, but without downloading weights, and estimate its memory.
 
     Args:
-        num_examples: number of examples that a replica processes in one forward pass.
-        replicas: number of replicas on this worker.
-        trained_first: model configuration of a teacher that the run trains first, so that it has no files yet; None
-            for an existing teacher.
+        config: configuration of the student's run.
+        distillation: its section `distillation`.
+        dataset: the dataset that the student is trained on.
+        micro_batch_size: number of examples that a replica processes in one forward pass.
+        num_replicas: number of replicas on this worker.
+        untrained_model: section `model` of a teacher that would be trained first, so that it has no files yet; None for
+            an existing teacher.
 
     Returns:
-        A one-line description, and the teacher's memory usage on this worker, as (label, bytes) pairs.
+        A one-line description of the teacher, and its uses of memory on this worker, as (label, bytes) pairs.
 
     Raises:
-        DataError: the teacher is missing or corrupt, has other classes, or is not the teacher of the run's first start.
+        DataError: the teacher is missing or corrupt, has other classes than the dataset, or is a different one than
+            the resumed run began with.
         ConfigError: the config.yaml of the teacher's run is not valid in this version.
         ModelError: the teacher's network cannot be built.
     """
-    address, files = locate_teacher(distillation.teacher, str(config.output_dir)), None
-    if trained_first is None:
-        files = check_teacher(address, dataset.class_names)
+    address = locate_teacher(distillation.teacher, str(config.output_dir))
+    teacher: teacher_files.TeacherFiles | None = None
+    if untrained_model is None:
+        teacher = check_teacher(address, dataset.class_names)
         state = read_newest_state(config) if config.output_dir else None
-        teacher_files.check_same_teacher(
-            str(config.output_dir), state.get("teacher") if state else None, files.fingerprint
-        )
-    predicts_every_step, count = config.augmentation.active, dataset.splits["train"].count
+        recorded_fingerprint = state.get("teacher") if state else None
+        teacher_files.check_same_teacher(str(config.output_dir), recorded_fingerprint, teacher.fingerprint)
+    predicts_every_step = config.augmentation.active
+    num_train = dataset.splits["train"].count
     estimate = partial(
         estimate_teacher_memory,
         every_step=predicts_every_step,
-        num_examples=num_examples,
-        replicas=replicas,
-        num_label_values=count * len(dataset.class_names),
+        num_examples=micro_batch_size,
+        num_replicas=num_replicas,
+        num_label_values=num_train * len(dataset.class_names),
         precision=config.runtime.precision,
     )
-    usage = "predicts in every step" if predicts_every_step else f"predicts once, for {count:,} training images"
-    if files and files.model is None:
+    usage = "predicts in every step" if predicts_every_step else f"predicts once, for {num_train:,} training images"
+    if teacher and teacher.model is None:
         if not is_remote(address):
-            load_saved_model_teacher(Path(str(files.home)), address)  # checks its signature
-        size = sum(size for name, size in files.files.items() if name.startswith("variables/"))
-        return f"a SavedModel, {size / 1e6:,.1f} MB of weights; {usage}", estimate(size, None)
-    network = files.model if files else trained_first
-    assert network is not None, "a teacher with files is a checkpoint here"
-    model = disable_pretrained_weights(network)
+            load_saved_model_teacher(Path(str(teacher.home)), address)  # checks its signature
+        weights_bytes = sum(size for name, size in teacher.bytes_by_file.items() if name.startswith("variables/"))
+        return f"a SavedModel, {weights_bytes / 1e6:,.1f} MB of weights; {usage}", estimate(weights_bytes, None)
+    model = teacher.model if teacher else untrained_model
+    assert model is not None, "an untrained teacher, or one with a checkpoint, has a section `model`"
+    model = disable_pretrained_weights(model)
     classifier = build_classifier(model, len(dataset.class_names), config.seed)
-    if files and not is_remote(address):
-        variables.assign_values(
-            classifier.variables, teacher_files.read_weights(files), f"distillation.teacher={address}"
-        )
+    if teacher and not is_remote(address):  # the weights of a teacher in a bucket would have to be downloaded
+        weights = teacher_files.read_weights(teacher)
+        variables.assign_values(classifier.variables, weights, f"distillation.teacher={address}")
     text = f"{model.backbone} at {classifier.image_size} px, {count_model_parameters(classifier):,} parameters; {usage}"
     return text, estimate(count_variable_bytes(classifier.variables.values()), classifier)

@@ -87,21 +87,22 @@ def decide_computation(config: RunConfig, name: str, device: Device, workload: P
 
 
 def plan_computations(
-    config: RunConfig, device: Device, replicas: int, classifier: Classifier, dataset: Dataset,
+    config: RunConfig, device: Device, num_replicas: int, classifier: Classifier, dataset: Dataset,
     divisions: Mapping[str, Division],
 ) -> dict[str, Computation]:  # fmt: skip
     """Decide for each phase, by name, whether XLA compiles its step; raise the ConfigError of `decide_computation`.
 
     Args:
-        replicas: number of replicas on all workers. With virtual replicas, their number is used instead, so that a
+        num_replicas: number of replicas on all workers. With virtual replicas, their number is used instead, so that a
             run's results are bit-identical on any number of devices.
         divisions: by phase name, the division of the network into trunk and tail.
     """
-    per_epoch = count_steps_per_epoch(dataset.splits["train"], config.training.batch_size)
-    computations, num_replicas = {}, config.training.virtual_replicas or replicas
+    steps_per_epoch = count_steps_per_epoch(dataset.splits["train"], config.training.batch_size)
+    num_parts = config.training.virtual_replicas or num_replicas  # into which a global batch is divided
+    computations = {}
     for name, phase in config.phases.items():
-        images = config.phase_steps(phase, per_epoch) * config.training.batch_size // num_replicas
-        workload = PhaseWorkload(images, len(classifier.backbone.layers), divisions[name].differentiated)
+        num_images = config.count_phase_steps(phase, steps_per_epoch) * config.training.batch_size // num_parts
+        workload = PhaseWorkload(num_images, len(classifier.backbone.layers), divisions[name].differentiated)
         computations[name] = decide_computation(config, name, device, workload)
     return computations
 

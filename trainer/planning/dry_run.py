@@ -8,7 +8,7 @@ from rich.text import Text
 from trainer.cluster.devices import check_batch_size, choose_devices, describe_devices, detect_device
 from trainer.config.auto import limit_batch_size, resolve_auto
 from trainer.config.distillation import prefix_teacher_key
-from trainer.config.schema import Data, RunConfig, configure_teacher
+from trainer.config.schema import Data, RunConfig, derive_teacher_config
 from trainer.data.corrections import describe_corrections, read_corrections
 from trainer.data.csv_source import plan_copies
 from trainer.data.host import count_usable_cpus, get_default_memory_budget
@@ -26,11 +26,11 @@ from trainer.models.classifier import Classifier, build_classifier, count_parame
 from trainer.monitoring.console import get_width
 from trainer.planning import checks, estimates, network_plot, sections
 from trainer.planning.computation import plan_computations
-from trainer.planning.gpu_memory import describe_gpu_memory, find_device_warnings
+from trainer.planning.gpu_memory import describe_gpu_memory
 from trainer.planning.layers import PIPE_WIDTH, format_layers
 from trainer.planning.sections import Plan, Rows, format_names
 from trainer.planning.timing import estimate_time, has_gpus
-from trainer.planning.warnings import find_dataset_warnings, find_settings_warnings
+from trainer.planning.warnings import find_dataset_warnings, find_device_warnings, find_settings_warnings
 from trainer.runs.folder import check_same_data, describe_versions, inspect_folder
 from trainer.runs.initial_weights import check_same_weights
 from trainer.runs.stored_run import disable_pretrained_weights
@@ -61,8 +61,9 @@ def show_run(plan: Plan, arguments: list[str], plot: Path | None, summary: bool)
 
 def _show_teacher(plan: Plan, arguments: list[str], summary: bool) -> Plan | None:
     """Print the plan of the run that trains the teacher, and return it; None if the teacher need not be trained."""
-    config, is_needed = plan.config, False
-    teacher = configure_teacher(config)
+    config = plan.config
+    is_needed = False
+    teacher = derive_teacher_config(config)
     if teacher:
         with suppress(ConfigError):  # `show_configuration` reports errors in output_dir
             is_needed = config.output_dir is None or must_train(config, teacher)
@@ -71,9 +72,9 @@ def _show_teacher(plan: Plan, arguments: list[str], summary: bool) -> Plan | Non
     teacher_plan = Plan(teacher, plan.cluster)
     plan.print(Text("the teacher, trained first", style="bold reverse"))
     with rename_teacher_keys():
-        show_run(teacher_plan, arguments, None, summary)
+        show_run(teacher_plan, arguments, plot=None, summary=summary)
     plan.errors += [prefix_teacher_key(error) for error in teacher_plan.errors]
-    plan.trained_first = teacher_plan.config
+    plan.untrained_teacher = teacher_plan.config
     plan.print(Text("\nthe student, trained after it", style="bold reverse"))
     return teacher_plan
 
@@ -119,7 +120,7 @@ def _open_data(plan: Plan) -> Rows:
         plan.to_stage = list(prepared.shards.values())
         rows.append(("bucket", f"{streamed_folder}: {describe_shards(prepared, budget)}"))
         with (
-            checks.fetch_metadata(streamed_folder, prepared.metadata.values()) as folder,
+            checks.download_to_temporary_folder(streamed_folder, prepared.metadata.values()) as folder,
             show_addresses_in_errors({folder: streamed_folder}),
         ):
             _open(plan, data.model_copy(update={"root": folder}), streamed=True)
@@ -214,16 +215,20 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     """Resolve `auto` values as a run does, build the network, and print the sections about the network and training."""
     num_classes = len(dataset.class_names)
     device, replicas = detect_device(), plan.replicas * plan.cluster.size
-    config, reasons = resolve_auto(plan.config, dataset.splits["train"].count, num_classes, device, replicas=replicas)
+    num_train = dataset.splits["train"].count
+    config, reasons = resolve_auto(plan.config, num_train, num_classes, device, num_replicas=replicas)
     if reasons := reasons or plan.reasons:
         plan.print_section("advice", [("auto", reason) for reason in reasons])
-    config, limit_warning = limit_batch_size(config, dataset.splits["train"].count, replicas)
-    plan.warnings += [limit_warning] * bool(limit_warning)
+    config, limit_warning = limit_batch_size(config, num_train, replicas)
+    if limit_warning:
+        plan.warnings.append(limit_warning)
     check_batch_size(config, replicas)
     is_auto_backbone = plan.config.model.backbone == "auto"
     plan.config = config
     weights_rows = sections.show_weights(plan) if is_auto_backbone else []  # otherwise `show_storage` has printed them
-    backbone, workers, batch_size = find_backbone(config.model.backbone), plan.cluster.size, config.training.batch_size
+    backbone = find_backbone(config.model.backbone)
+    workers = plan.cluster.size
+    batch_size = config.training.batch_size
     image_size = config.model.image_size or backbone.default_size
     baseline_bytes = estimates.measure_resident_bytes()
     skips_weights = plan.resuming or config.model.weights == "imagenet" or is_remote(config.model.weights)
@@ -238,14 +243,16 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     caches = plan_image_caches(config, dataset, image_size, train_images_read_once=read_once)
     image_cache = "features" if read_once else caches["train"].where
     sharding = plan_sharding(
-        config.data.shard_by, dataset.splits["train"], workers, batch_size, image_cache, {},
-        config.training.virtual_replicas,
+        config.data.shard_by, dataset.splits["train"], workers, batch_size, image_cache, checkpoint={},
+        virtual_replicas=config.training.virtual_replicas,
     )  # fmt: skip
-    epoch_steps = sharding.steps_per_epoch
+    steps_per_epoch = sharding.steps_per_epoch
     replica_batch = max(batch_size // replicas, 1)  # a replica's examples of a global batch
-    per_replica = max(replica_batch // config.training.micro_batches(replicas), 1)  # its examples per forward pass
-    phases = estimates.plan_phases(config, classifier, epoch_steps, per_replica)
-    sections.show_phases(plan, config, phases, estimates.count_model_parameters(classifier), epoch_steps, sharding.mode)
+    micro_batch = max(replica_batch // config.training.count_micro_batches(replicas), 1)  # examples per forward pass
+    phases = estimates.plan_phases(config, classifier, steps_per_epoch, micro_batch)
+    sections.show_phases(
+        plan, config, phases, estimates.count_model_parameters(classifier), steps_per_epoch, sharding.mode
+    )
     computations = {}
     with plan.collect_errors():
         computations = plan_computations(config, device, replicas, classifier, dataset, divisions)
@@ -267,8 +274,9 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
         rows.append(("decoded" if name == "train" else "", text))
     plan.print_section("caches", rows)
     memory = estimates.estimate_memory(
-        classifier, phases, caches, num_examples=replica_batch, replicas=plan.replicas, baseline=baseline_bytes
-    )
+        classifier, phases, caches, num_examples=replica_batch, num_replicas=plan.replicas,
+        baseline_bytes=baseline_bytes,
+    )  # fmt: skip
     plan.warnings += find_device_warnings(config, device, count_usable_cpus(), plan.replicas, caches["train"].where)
     model_rows = [*_describe_model(config, classifier, num_classes), *weights_rows]
     with plan.collect_errors():
@@ -276,8 +284,10 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
             plan.warnings += filter(None, [checks.match_local_warm_start(config, classifier)])
     with plan.collect_errors():
         if config.distillation:
-            teacher = plan.trained_first.model if plan.trained_first else None
-            text, uses = checks.plan_teacher(config, config.distillation, dataset, per_replica, plan.replicas, teacher)
+            text, uses = checks.check_and_estimate_teacher(
+                config, config.distillation, dataset, micro_batch_size=micro_batch, num_replicas=plan.replicas,
+                untrained_model=plan.untrained_teacher.model if plan.untrained_teacher else None,
+            )  # fmt: skip
             model_rows.append(("teacher", text))
             memory += uses
     if plot:
@@ -287,16 +297,17 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
         plan.print(Text("\nlayers", style="bold"))
         print("\n".join(format_layers(classifier, phases, get_width(PIPE_WIDTH))), flush=True)
     sections.show_memory(plan, memory)
-    num_values = replica_batch * classifier.image_size**2 * 3
-    if rows := describe_gpu_memory(device, phases, count_variable_bytes(classifier.variables.values()), num_values):
+    variable_bytes = count_variable_bytes(classifier.variables.values())
+    num_image_values = replica_batch * classifier.image_size**2 * 3
+    if rows := describe_gpu_memory(device, phases, variable_bytes, num_image_values):
         plan.print_section("GPU memory (estimate, per GPU)", rows)
     with plan.collect_errors():
         plan.warnings += estimates.check_worker_memory(config, memory, replicas)
-    plan.warnings += find_dataset_warnings(config, dataset, epoch_steps, plan.labels_known)
+    plan.warnings += find_dataset_warnings(config, dataset, steps_per_epoch, plan.labels_known)
     if not plan.errors and not any(value for _, value in config.debug):  # a trial run needs no estimate of its time
         inputs = {name: (choice, divisions[name]) for name, choice in choices.items()}
         libraries = {name: choice.engine for name, choice in engines.items()}
-        seconds = estimate_time(config, classifier, dataset, inputs, libraries, compiled, epoch_steps)
+        seconds = estimate_time(config, classifier, dataset, inputs, libraries, compiled, steps_per_epoch)
         sections.show_time(plan, seconds, workers * (plan.replicas if has_gpus() else 1))
     max_training_bytes = max(phase.optimizer_bytes + phase.ema_bytes for phase in phases)
     checkpoint_bytes = count_variable_bytes(classifier.variables.values()) + max_training_bytes
@@ -305,7 +316,8 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
 
 def _describe_model(config: RunConfig, classifier: Classifier, num_classes: int) -> Rows:
     """Return rows about the backbone, the image size and the head."""
-    backbone, head_size = classifier.backbone, count_parameters(classifier.head_variables.values())
+    backbone = classifier.backbone
+    head_size = count_parameters(classifier.head_variables.values())
     widths = " -> ".join(f"{n:,}" for n in (backbone.output_shape[-1], *config.model.hidden_units, num_classes))
     norm = " with batch normalization" if classifier.head_normalizations else ""
     size = f"{estimates.count_model_parameters(classifier) - head_size:,} parameters in {len(backbone.layers)} layers"

@@ -59,36 +59,42 @@ class PhasePlan:
     max_checkpoints: int  # maximum number of checkpoints that the phase saves
 
 
-def plan_phases(config: RunConfig, classifier: Classifier, epoch_steps: int, num_examples: int) -> list[PhasePlan]:
+def plan_phases(config: RunConfig, classifier: Classifier, steps_per_epoch: int, num_examples: int) -> list[PhasePlan]:
     """Plan each phase: its steps, trainable layers and memory.
 
     This freezes and unfreezes layers of `classifier` for each phase in turn; they remain as the last phase sets them.
 
     Args:
-        epoch_steps: number of steps per epoch.
+        steps_per_epoch: number of steps per epoch.
         num_examples: number of examples that a replica processes in one forward pass of training.
 
     Raises:
         ModelError: a thaw rule cannot be applied.
     """
-    plans, precision, virtual_replicas = [], config.runtime.precision, config.training.virtual_replicas
+    plans = []
+    precision = config.runtime.precision
+    virtual_replicas = config.training.virtual_replicas
     num_parameters = count_variable_bytes(classifier.variables.values()) // 4  # variables are float32
-    steps_per_save = max(config.runtime.checkpoint_every.steps(epoch_steps, config.training.batch_size), 1)
+    steps_per_save = max(config.runtime.checkpoint_every.steps(steps_per_epoch, config.training.batch_size), 1)
     for name, phase in config.phases.items():
         freezing = set_trainable_layers(
             classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay
         )
-        steps = config.phase_steps(phase, epoch_steps)
+        steps = config.count_phase_steps(phase, steps_per_epoch)
         trainable_bytes = count_variable_bytes(freezing.trainable.values())
         trained_bytes, frozen_bytes = estimate_activations(
             classifier, freezing.first_trainable, num_examples, precision, freezing.batch_norm_training
         )
         # Scoring processes the examples of all micro-batches at once.
         scored_examples = get_images_per_call() if virtual_replicas else num_examples * config.training.accumulate
-        scoring_bytes = sum(estimate_activations(classifier, None, scored_examples, precision))
-        max_checkpoints = math.ceil(steps / epoch_steps) * max(math.ceil(min(epoch_steps, steps) / steps_per_save), 1)
+        scoring_bytes = sum(
+            estimate_activations(classifier, first_trainable=None, num_examples=scored_examples, precision=precision)
+        )
+        max_checkpoints = math.ceil(steps / steps_per_epoch) * max(
+            math.ceil(min(steps_per_epoch, steps) / steps_per_save), 1
+        )
         plans.append(PhasePlan(
-            name=name, steps=steps, epochs=steps / epoch_steps, freezing=freezing, max_checkpoints=max_checkpoints,
+            name=name, steps=steps, epochs=steps / steps_per_epoch, freezing=freezing, max_checkpoints=max_checkpoints,
             gradient_bytes=trainable_bytes, ema_bytes=trainable_bytes if config.training.ema else 0,
             trainable_parameters=count_parameters(freezing.trainable.values()),
             trained_layers=frozenset(i for i, x in enumerate(classifier.backbone.layers) if x.trainable_weights),
@@ -131,7 +137,8 @@ def estimate_activations(
     Returns:
         The bytes of the layers from `first_trainable` up, and the bytes of the layers below it.
     """
-    pairs, is_training = find_foldable_pairs(classifier.backbone), first_trainable is not None
+    pairs = find_foldable_pairs(classifier.backbone)
+    is_training = first_trainable is not None
     folded = {norm.name for _, norm in pairs if not (is_training and norm.trainable)}
 
     def output_bytes(layer: keras.Layer) -> int:
@@ -167,37 +174,37 @@ ESTIMATE_TOLERANCE = 1.25  # a run is rejected if its estimate exceeds the memor
 
 def estimate_memory(
     classifier: Classifier, phases: list[PhasePlan], caches: dict[str, CachePlan], *, num_examples: int,
-    replicas: int, baseline: int,
+    num_replicas: int, baseline_bytes: int,
 ) -> MemoryUses:  # fmt: skip
     """Estimate this worker's uses of memory in the phase that needs most.
 
     Args:
         caches: plan of the decoded images' cache, by split name.
         num_examples: number of examples of a global batch that each replica gets.
-        replicas: number of replicas on this worker.
-        baseline: resident bytes of the process before the network is built.
+        num_replicas: number of replicas on this worker.
+        baseline_bytes: resident bytes of the process before the network is built.
     """
 
     def count_phase_bytes(phase: PhasePlan) -> int:
         return phase.gradient_bytes + phase.optimizer_bytes + phase.ema_bytes + phase.activation_bytes
 
     largest_phase = max(phases, key=count_phase_bytes)
-    half_precision_bytes = largest_phase.half_precision_bytes * replicas
+    half_precision_bytes = largest_phase.half_precision_bytes * num_replicas
     return [
-        ("TensorFlow and libraries, measured here", baseline),
-        ("variables", count_variable_bytes(classifier.variables.values()) * replicas),
-        (f"gradients (phase {largest_phase.name})", largest_phase.gradient_bytes * replicas),
-        ("optimizer and averages", (largest_phase.optimizer_bytes + largest_phase.ema_bytes) * replicas),
+        ("TensorFlow and libraries, measured here", baseline_bytes),
+        ("variables", count_variable_bytes(classifier.variables.values()) * num_replicas),
+        (f"gradients (phase {largest_phase.name})", largest_phase.gradient_bytes * num_replicas),
+        ("optimizer and averages", (largest_phase.optimizer_bytes + largest_phase.ema_bytes) * num_replicas),
         *([(HALF_PRECISION, half_precision_bytes)] if half_precision_bytes else []),
-        (ACTIVATIONS, largest_phase.activation_bytes * replicas),
-        (BATCHES, num_examples * replicas * classifier.image_size**2 * 3 * BATCHES_BYTES_PER_VALUE),
+        (ACTIVATIONS, largest_phase.activation_bytes * num_replicas),
+        (BATCHES, num_examples * num_replicas * classifier.image_size**2 * 3 * BATCHES_BYTES_PER_VALUE),
         ("compiled steps and buffers, about", COMPILED_BYTES),
         (DECODED, sum(c.bytes for c in caches.values() if c.where == "memory")),
     ]
 
 
 def estimate_teacher_memory(
-    variable_bytes: int, classifier: Classifier | None, *, every_step: bool, num_examples: int, replicas: int,
+    variable_bytes: int, classifier: Classifier | None, *, every_step: bool, num_examples: int, num_replicas: int,
     num_label_values: int, precision: Precision,
 ) -> MemoryUses:  # fmt: skip
     """Estimate a teacher's uses of memory on this worker while the student trains.
@@ -210,14 +217,18 @@ def estimate_teacher_memory(
         classifier: the teacher; None for a SavedModel, whose activations are unknown and counted as 0.
         every_step: whether the teacher predicts in every step.
         num_examples: number of examples that a replica processes in one forward pass.
-        replicas: number of replicas on this worker.
+        num_replicas: number of replicas on this worker.
         num_label_values: number of soft-label values: training examples times classes.
         precision: precision of the teacher's activations.
     """
     if not every_step:
         return [("its logits", 4 * num_label_values)]
-    activations = sum(estimate_activations(classifier, None, num_examples, precision)) if classifier else 0
-    return [(TEACHER[0], variable_bytes * replicas), (TEACHER[1], activations * replicas)]
+    activations = 0
+    if classifier:
+        activations = sum(
+            estimate_activations(classifier, first_trainable=None, num_examples=num_examples, precision=precision)
+        )
+    return [(TEACHER[0], variable_bytes * num_replicas), (TEACHER[1], activations * num_replicas)]
 
 
 def select_gpu_uses(uses: MemoryUses) -> MemoryUses:
@@ -227,44 +238,47 @@ def select_gpu_uses(uses: MemoryUses) -> MemoryUses:
 
 
 def check_device_memory(
-    config: RunConfig, uses: MemoryUses, limit: int, replicas: int, device: str = "this machine"
+    config: RunConfig, uses: MemoryUses, limit: int, num_replicas: int, device: str = "this machine"
 ) -> str:
     """Return a warning if the estimated uses exceed a device's memory, or "" if they fit.
 
     Args:
         limit: memory of the device in bytes.
-        replicas: number of replicas on all workers.
+        num_replicas: number of replicas on all workers.
         device: name of the device in the message.
 
     Raises:
         ConfigError: the uses exceed `ESTIMATE_TOLERANCE` times the limit. Its `fix` suggests the largest batch size
             that fits, or another cache for decoded images.
     """
-    total_bytes, batch_size = sum(count for _, count in uses), config.training.batch_size
+    total_bytes = sum(count for _, count in uses)
+    batch_size = config.training.batch_size
     if total_bytes <= limit:
         return ""
     batch_bytes = sum(count for name, count in uses if name in (ACTIVATIONS, BATCHES, TEACHER[1]))
-    divisor = compute_batch_size_multiple(config, replicas)
+    divisor = compute_batch_size_multiple(config, num_replicas)
     maximum = int(batch_size * (limit - total_bytes + batch_bytes) / max(batch_bytes, 1)) // divisor * divisor
     decoded = sum(count for name, count in uses if name == DECODED)
     problem = f"needs about {format_bytes(total_bytes)} of memory, and {device} has {format_bytes(limit)}"
     fix = f"use {maximum} or less" if maximum >= divisor else "use a smaller model.image_size or another model.backbone"
-    fix += ", or raise training.accumulate" * (maximum < divisor or config.training.accumulate > 1)
+    if maximum < divisor or config.training.accumulate > 1:
+        fix += ", or raise training.accumulate"
     error = ConfigError(problem, key="training.batch_size", value=batch_size, fix=fix)
     cache = config.data.cache
     if decoded and total_bytes - decoded <= limit and (cache == "memory" or maximum < divisor):
-        fix = f"use {'auto or ' * (cache == 'memory')}disk: decoded images in memory are {format_bytes(decoded)} of it"
+        alternatives = "auto or disk" if cache == "memory" else "disk"
+        fix = f"use {alternatives}: decoded images in memory are {format_bytes(decoded)} of it"
         error = ConfigError(problem, key="data.cache", value=cache, fix=fix)
     if total_bytes > ESTIMATE_TOLERANCE * limit:
         raise error
     return str(error)
 
 
-def check_worker_memory(config: RunConfig, uses: MemoryUses, replicas: int) -> list[str]:
+def check_worker_memory(config: RunConfig, uses: MemoryUses, num_replicas: int) -> list[str]:
     """Apply `check_device_memory` to this worker's main memory and to its GPUs; return the warnings.
 
     Args:
-        replicas: number of replicas on all workers.
+        num_replicas: number of replicas on all workers.
 
     Raises:
         ConfigError: the run does not fit into the main memory or into the GPUs.
@@ -274,5 +288,5 @@ def check_worker_memory(config: RunConfig, uses: MemoryUses, replicas: int) -> l
     checks = [([use for use in uses if use not in gpu_uses], get_memory_limit_bytes(), "this machine")]
     if gpu_memory:
         checks.append((gpu_uses, gpu_memory, "the memory of its GPUs"))
-    warnings = (check_device_memory(config, subset, limit, replicas, name) for subset, limit, name in checks)
+    warnings = (check_device_memory(config, subset, limit, num_replicas, name) for subset, limit, name in checks)
     return [warning for warning in warnings if warning]

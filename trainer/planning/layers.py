@@ -56,7 +56,8 @@ def _describe_backbone(classifier: Classifier, phases: Sequence[PhasePlan]) -> l
 
 def _describe_head(classifier: Classifier, phases: int) -> list[tuple[str, ...]]:
     """Return the table rows of the pooling and the head, which all phases train. `phases` is the number of phases."""
-    num_channels, numbers = classifier.backbone.output_shape[-1], _format_numbers(range(1, phases + 1))
+    num_channels = classifier.backbone.output_shape[-1]
+    numbers = _format_numbers(range(1, phases + 1))
     pooling = "GlobalAveragePooling2D" if classifier.pooling == "avg" else "GlobalMaxPooling2D"
     rows = [("", f"{classifier.pooling} pooling", pooling, str(num_channels), "float32", "", "")]
     for hidden in classifier.hidden:

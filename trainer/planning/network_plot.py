@@ -41,7 +41,8 @@ def divide_into_stages(classifier: Classifier) -> list[Stage]:
 
     If there are more than `MAX_LAYER_GROUPS` stages, consecutive ones whose feature maps have the same size are merged.
     """
-    spec, names = classifier.spec, [layer.name for layer in classifier.backbone.layers]
+    spec = classifier.spec
+    names = [layer.name for layer in classifier.backbone.layers]
     first_layers = list(spec.find_block_starts(names).items())  # (block, index)
     top_start = 1 + max(i for i, name in enumerate(names) if spec.find_block(name) == first_layers[-1][0])
     if first_layers[0][1] > 0:
@@ -76,7 +77,8 @@ def draw_network(classifier: Classifier, phases: list[PhasePlan], num_classes: i
     Args:
         path: the PNG file to write.
     """
-    image_size, stages = classifier.image_size, divide_into_stages(classifier)
+    image_size = classifier.image_size
+    stages = divide_into_stages(classifier)
     head_size = count_parameters(classifier.head_variables.values())
     hidden = f"hidden {', '.join(str(layer.dense.units) for layer in classifier.hidden)}, " if classifier.hidden else ""
     rows: list[Row] = [("images", (image_size, image_size, 3), 0, 0, None)]
@@ -95,7 +97,8 @@ def draw_network(classifier: Classifier, phases: list[PhasePlan], num_classes: i
     axes.plot([0, width - 0.1], [-1.15, -1.15], color=GRID_LINE, linewidth=0.8)
     columns = [(OUTPUT_X, "output", "left"), (LAYERS_X, "layers", "right"), (PARAMETERS_X, "parameters", "right")]
     columns += [
-        (FIRST_PHASE_X + PHASE_WIDTH * (n + 0.5), format_label(p.name, 12), "center") for n, p in enumerate(phases)
+        (FIRST_PHASE_X + PHASE_WIDTH * (n + 0.5), format_label(p.name, max_length=12), "center")
+        for n, p in enumerate(phases)
     ]
     for x, name, align in columns:
         axes.text(x, -0.72, name, fontsize=8.5, color=MUTED, ha=align, va="center")
@@ -107,7 +110,7 @@ def draw_network(classifier: Classifier, phases: list[PhasePlan], num_classes: i
     legend = ((TRAINS, "trains"), (TRAINS_PARTLY, "trains in part"), (FROZEN, "frozen"))
     for i, (color, name) in enumerate(legend):
         x = 0.2 + 2.4 * i
-        _draw_box(axes, x, len(rows) + 0.35, 0.36, 0.36, color)
+        _draw_box(axes, x, len(rows) + 0.35, width=0.36, height=0.36, color=color)
         axes.text(x + 0.5, len(rows) + 0.35, name, fontsize=8.5, va="center", color=INK)
     return save(figure, path)
 
@@ -117,15 +120,16 @@ def _draw_row(axes: Axes, y: int, row: Row, colors: list[str | None], size: int)
     name, shape, layers, parameters, _ = row
     # The side of the feature maps on a logarithmic scale, so that each halving narrows the box by the same amount.
     relative_side = math.log2(shape[0]) / math.log2(size) if len(shape) == 3 and shape[0] > 1 else 0.0
-    box_width, text_color = 3.4 + 2.4 * relative_side, "white" if colors[-1] == TRAINS else INK
-    _draw_box(axes, CENTER_X - box_width / 2, y, box_width, 0.6, colors[-1])
-    axes.text(CENTER_X, y, format_label(name, 30), fontsize=9, ha="center", va="center", color=text_color)
+    box_width = 3.4 + 2.4 * relative_side
+    text_color = "white" if colors[-1] == TRAINS else INK
+    _draw_box(axes, CENTER_X - box_width / 2, y, box_width, height=0.6, color=colors[-1])
+    axes.text(CENTER_X, y, format_label(name, max_length=30), fontsize=9, ha="center", va="center", color=text_color)
     axes.text(OUTPUT_X, y, " × ".join(str(n) for n in shape), fontsize=9, va="center", color=INK)
     for x, count in ((LAYERS_X, layers), (PARAMETERS_X, parameters)):
         axes.text(x, y, f"{count:,}" if count else "", fontsize=9, va="center", ha="right", color=INK)
     for column, color in enumerate(colors):
         if color:
-            _draw_box(axes, FIRST_PHASE_X + PHASE_WIDTH * column + 0.1, y, PHASE_WIDTH - 0.2, 0.6, color)
+            _draw_box(axes, FIRST_PHASE_X + PHASE_WIDTH * column + 0.1, y, PHASE_WIDTH - 0.2, height=0.6, color=color)
 
 
 def _draw_box(axes: Axes, left: float, center_y: float, width: float, height: float, color: str | None) -> None:

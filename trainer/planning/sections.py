@@ -14,7 +14,7 @@ from trainer.cli.compose import GROUPS, compose
 from trainer.cluster.discovery import Cluster
 from trainer.config.auto import resolve_auto
 from trainer.config.diff import flatten
-from trainer.config.schema import RequestedConfig, RunConfig, load
+from trainer.config.schema import RequestedConfig, RunConfig, validate_config
 from trainer.data.host import get_memory_limit_bytes
 from trainer.data.images import CachePlan
 from trainer.distillation.own_teacher import locate_teacher
@@ -50,7 +50,7 @@ class Plan:
     labels_known: bool = True  # False if only the metadata of the dataset was read
     reasons: list[str] = field(default_factory=list)  # one line per value that a resumed run chose for `auto`
     to_stage: list[ObjectInfo] = field(default_factory=list)  # files that a run would first fetch from a bucket
-    trained_first: RequestedConfig | None = None  # configuration of the teacher's run, if it would be trained first
+    untrained_teacher: RequestedConfig | None = None  # configuration of a teacher that would be trained first
     finished: bool = False  # True if the run in output_dir is finished, so that it would exit with 0 at once
 
     @property
@@ -129,7 +129,7 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
     rows: Rows = [("choices", "  ".join(choices) or "experiment=quickstart"), ("seed", str(config.seed))]
     with suppress(ConfigError):  # the groups alone may lack required keys
         base, now = (
-            flatten(load(compose(choices) or {}).model_dump(mode="json")),
+            flatten(validate_config(compose(choices) or {}).model_dump(mode="json")),
             flatten(config.model_dump(mode="json")),
         )
         changed = [f"{k} = {v} (was {base.get(k)})" for k, v in now.items() if v != base.get(k) and k != "output_dir"]
@@ -154,7 +154,8 @@ def show_configuration(plan: Plan, arguments: list[str]) -> None:
     num_errors = len(plan.errors)
     with plan.collect_errors():
         require_output_dir(config, plan.cluster.size)
-    state += "; a run with several workers would fail" * (len(plan.errors) > num_errors)
+    if len(plan.errors) > num_errors:
+        state += "; a run with several workers would fail"
     plan.print_section("configuration", [*rows, ("output_dir", f"{output}: {state}" if output else state)])
 
 
@@ -190,7 +191,9 @@ def show_storage(plan: Plan, problem: str) -> None:
     Args:
         problem: why the dataset could not be opened; "" if it was opened, or would first be staged.
     """
-    config, dataset, read_result = plan.config, plan.dataset, problem or "not on this machine yet"
+    config = plan.config
+    dataset = plan.dataset
+    read_result = problem or "not on this machine yet"
     if dataset or plan.bytes_to_stage:
         if plan.bytes_to_stage:
             path = min((file for file in plan.to_stage if file.size), key=lambda file: file.size).path
@@ -207,8 +210,9 @@ def show_storage(plan: Plan, problem: str) -> None:
         rows.append(("warm start", plan.check(lambda: checks.describe_warm_start(str(config.warm_start)))))
     if config.distillation:
         address = locate_teacher(config.distillation.teacher, str(config.output_dir))
-        classes, teacher_text = dataset.class_names if dataset else None, "trained first, as above"
-        if not plan.trained_first:
+        classes = dataset.class_names if dataset else None
+        teacher_text = "trained first, as above"
+        if not plan.untrained_teacher:
             teacher_text = plan.check(lambda: checks.check_teacher(address, classes).summary)
         rows.append(("teacher", teacher_text))
     if plan.resuming:
@@ -227,13 +231,18 @@ def show_weights(plan: Plan) -> Rows:
 
 
 def show_phases(
-    plan: Plan, config: RunConfig, phases: list[PhasePlan], num_parameters: int, epoch_steps: int, sharding_mode: str
+    plan: Plan,
+    config: RunConfig,
+    phases: list[PhasePlan],
+    num_parameters: int,
+    steps_per_epoch: int,
+    sharding_mode: str,
 ) -> None:
     """Print a table of the phases.
 
     Args:
         num_parameters: number of all parameters of the model.
-        epoch_steps: number of steps per epoch.
+        steps_per_epoch: number of steps per epoch.
         sharding_mode: unit in which the dataset is sharded over workers, "record" or "file".
     """
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
@@ -245,7 +254,7 @@ def show_phases(
     for phase in phases:
         settings = config.phases[phase.name]
         optimizer, schedule = settings.optimizer, settings.schedule
-        warmup = schedule.warmup.steps(epoch_steps, config.training.batch_size)
+        warmup = schedule.warmup.steps(steps_per_epoch, config.training.batch_size)
         rate = f"{optimizer.learning_rate:g} {schedule.name}" + (f", warm-up {warmup:,}" if warmup else "")
         rate += f", backbone x {settings.backbone_rate:g}" if settings.backbone_rate != 1 else ""
         rate += f", x {settings.layer_decay:g} per block" if settings.layer_decay != 1 else ""
@@ -254,7 +263,7 @@ def show_phases(
         cells = (f"  {phase.name}", *counts, layers, settings.thaw, optimizer.name, rate)
         table.add_row(*(Text(cell) for cell in cells))
     suffix = f"; sharded by {sharding_mode}" if plan.cluster.size > 1 else ""
-    step_counts = f"{sum(phase.steps for phase in phases):,} steps at most, {epoch_steps:,} per epoch{suffix}"
+    step_counts = f"{sum(phase.steps for phase in phases):,} steps at most, {steps_per_epoch:,} per epoch{suffix}"
     summary = f"  {step_counts}; {num_parameters:,} parameters, the head included"
     plan.print(Text("\nphases", style="bold"), table, Text(summary))
 
@@ -290,7 +299,8 @@ def show_bytes(
         model_bytes: size of the exported model in float32.
     """
     assert plan.dataset
-    config, num_epochs = plan.config, sum(int(np.ceil(phase.epochs)) for phase in phases)
+    config = plan.config
+    num_epochs = sum(int(np.ceil(phase.epochs)) for phase in phases)
     passes = {name: 1 if caches[name].where != "none" or name == "test" else num_epochs for name in caches}
     num_bytes_read = sum(
         estimate_split_bytes(split) * passes[name] for name, split in plan.dataset.splits.items() if name in passes
@@ -298,7 +308,8 @@ def show_bytes(
     staging_note = f"; {format_bytes(plan.bytes_to_stage)} from the bucket, once" if plan.bytes_to_stage else ""
     num_saves = sum(phase.max_checkpoints for phase in phases)
     num_stored = config.runtime.keep_checkpoints + len(phases)
-    formats, stored_text = config.export.formats, f"{num_stored} at once, {format_bytes(num_stored * checkpoint_bytes)}"
+    formats = config.export.formats
+    stored_text = f"{num_stored} at once, {format_bytes(num_stored * checkpoint_bytes)}"
     plan.print_section("bytes", [
         ("read", f"{format_bytes(num_bytes_read or plan.bytes_to_stage)} of images{staging_note}"),
         ("checkpoints", f"up to {num_saves:,} of {format_bytes(checkpoint_bytes)}; {stored_text}"),

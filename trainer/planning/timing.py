@@ -124,16 +124,18 @@ def estimate_time(
         Seconds by phase name, and by "scoring" for the scoring at the end; {} if `BUDGET_SECONDS` have passed before a
         phase was measured.
     """
-    deadline, counts = time.monotonic() + BUDGET_SECONDS, {name: split.count for name, split in dataset.splits.items()}
+    deadline = time.monotonic() + BUDGET_SECONDS
+    counts = {name: split.count for name, split in dataset.splits.items()}
     if time.monotonic() >= deadline:  # with a budget of 0, nothing is measured
         return {}
-    scoring_seconds, estimates = measure_scoring(classifier, config.seed), dict[str, float]()
+    scoring_seconds = measure_scoring(classifier, config.seed)
+    estimates = dict[str, float]()
     for name, phase in config.phases.items():
         if time.monotonic() >= deadline:
             return {}
         choice, division = inputs[name]
         is_cached = choice.input_kind == "cached"
-        steps = config.phase_steps(phase, steps_per_epoch)
+        steps = config.count_phase_steps(phase, steps_per_epoch)
         num_images = steps / steps_per_epoch * counts["train"]
         cut = division.cut if is_cached else None
         network: Network = Tail(classifier, cut) if cut else classifier

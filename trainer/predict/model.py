@@ -110,7 +110,8 @@ def predict_padded(predict: Predict, images: np.ndarray, flip: bool) -> tuple[np
     Returns:
         Probabilities, float32 [n, classes]; embeddings, float32 [n, C], or None if `predict` returns none.
     """
-    rows, outputs = get_images_per_call(), []
+    rows = get_images_per_call()
+    outputs = []
     for start in range(0, len(images), rows):
         batch = images[start : start + rows]
         count = len(batch)
@@ -250,7 +251,8 @@ def _open_saved_model(address: str, cache_dir: Path, flip: bool, log_message: Lo
     """Open the newest SavedModel at an address, which decodes and predicts encoded images itself."""
     export = find_export(address, cache_dir, log_message)
     served = ServedModel(export)
-    reference, width = export.reference or {}, len(export.classes)
+    reference = export.reference or {}
+    width = len(export.classes)
     preprocessing = _read_preprocessing(reference)
     classify = None
     if flip:
@@ -304,7 +306,7 @@ def _open_file(file: StoragePath, address: str, key: str, cache_dir: Path, log_m
 
     A LiteRT file may contain the class names. Without a reference.json, the default preprocessing of training is used.
     """
-    local_path = Path(stage(str(file), cache_dir, MAX_EXPORT_BYTES, log_message, lambda: None))
+    local_path = Path(stage(str(file), cache_dir, MAX_EXPORT_BYTES, log_message, check_cancelled=lambda: None))
     labels, reference_content = ((file.parent / name).fetch() for name in ("labels.txt", "reference.json"))
     label_bytes = labels[0] if labels else _read_embedded_labels(local_path)
     try:
@@ -318,7 +320,8 @@ def _open_file(file: StoragePath, address: str, key: str, cache_dir: Path, log_m
     if reference is None:
         problem = "its reference.json is corrupt or of another model"
         raise DataError(problem, key=key, value=address, fix="export it again")
-    classify, preprocessing = load_export(local_path), _read_preprocessing(reference)
+    classify = load_export(local_path)
+    preprocessing = _read_preprocessing(reference)
     notes: tuple[str, ...] = ()
     if preprocessing is None:
         preprocessing = Preprocessing(_read_input_size(local_path), "stretch", "exif")
@@ -336,8 +339,8 @@ def _open_file(file: StoragePath, address: str, key: str, cache_dir: Path, log_m
         identity,
         preprocessing,
         lambda images: (classify(images), None),
-        None,
-        no_distance_reason,
+        distance=None,
+        no_distance_reason=no_distance_reason,
     )
     return replace(model, notes=notes)
 

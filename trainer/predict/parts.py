@@ -39,8 +39,8 @@ class ImagePredictions:
         return pack({"probabilities": self.probabilities, "distances": self.distances, "errors": errors})
 
 
-def decode_part(content: bytes, count: int, classes: int) -> ImagePredictions | None:
-    """Decode the file of a part with `count` images and `classes` classes. Return None if it is corrupt."""
+def decode_part(content: bytes, num_images: int, num_classes: int) -> ImagePredictions | None:
+    """Decode the file of a part with `num_images` images and `num_classes` classes. Return None if it is corrupt."""
     try:
         arrays = unpack(content)
         errors = tuple(map(str, json.loads(arrays["errors"].tobytes())))
@@ -49,7 +49,8 @@ def decode_part(content: bytes, count: int, classes: int) -> ImagePredictions | 
         return None
     shapes = (part.probabilities.shape, part.distances.shape, len(errors))
     dtypes = (part.probabilities.dtype, part.distances.dtype)
-    return part if (shapes, dtypes) == (((count, classes), (count,), count), (np.float32, np.float64)) else None
+    expected_shapes = ((num_images, num_classes), (num_images,), num_images)
+    return part if (shapes, dtypes) == (expected_shapes, (np.float32, np.float64)) else None
 
 
 def predict_images(
@@ -64,9 +65,11 @@ def predict_images(
     Raises:
         Interrupted: the images' bucket does not respond.
     """
-    rows, width = get_images_per_call(), len(model.class_names)
+    rows = get_images_per_call()
+    width = len(model.class_names)
     probabilities = np.full((len(images), width), np.nan, np.float32)
-    distances, errors = np.full(len(images), np.nan), [""] * len(images)
+    distances = np.full(len(images), np.nan)
+    errors = [""] * len(images)
 
     def load(image: ImageFile) -> Any:
         content = read_image(image)

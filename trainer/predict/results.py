@@ -54,16 +54,18 @@ def _format(value: float, digits: int) -> str:
 
 def make_row(image: ImageFile, class_names: Sequence[str], part: ImagePredictions, k: int, top: int) -> list[str]:
     """Return the row of predictions.csv for the image with index `k` in a part."""
-    name, probabilities, error = encode_cell(image.name), part.probabilities[k], part.errors[k]
+    name = encode_cell(image.name)
+    probabilities = part.probabilities[k]
+    error = part.errors[k]
     if error:
         return [name, *[""] * (2 * top + 1), encode_cell(error), *[""] * len(class_names)]
     ranked = [
         cell
         for i in find_top_classes(probabilities, top)
-        for cell in (encode_cell(class_names[i]), _format(float(probabilities[i]), 6))
+        for cell in (encode_cell(class_names[i]), _format(float(probabilities[i]), digits=6))
     ]
-    cells = [_format(float(p), 6) for p in probabilities]
-    return [name, *ranked, _format(float(part.distances[k]), 4), "", *cells]
+    cells = [_format(float(p), digits=6) for p in probabilities]
+    return [name, *ranked, _format(float(part.distances[k]), digits=4), "", *cells]
 
 
 def find_top_classes(probabilities: np.ndarray, top: int) -> list[int]:
@@ -80,7 +82,8 @@ def make_json_line(image: ImageFile, class_names: Sequence[str], part: ImagePred
     line: dict[str, Any] = {"file": image.name}
     if part.errors[k]:
         return json.dumps(line | {"error": part.errors[k]})
-    probabilities, distance = part.probabilities[k], float(part.distances[k])
+    probabilities = part.probabilities[k]
+    distance = float(part.distances[k])
     ranked = [
         {"class": class_names[i], "probability": round(float(probabilities[i]), 6)}
         for i in find_top_classes(probabilities, top)
@@ -107,7 +110,8 @@ def write_tables(
     Returns:
         The predictions without the full probabilities.
     """
-    shape, start = (len(images), len(class_names)), 0
+    shape = (len(images), len(class_names))
+    start = 0
     predictions = np.full(len(images), -1, np.int32)
     confidences, distances = np.full(len(images), np.nan, np.float32), np.full(len(images), np.nan)
     errors: dict[int, str] = {}

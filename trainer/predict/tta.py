@@ -56,7 +56,8 @@ def measure_flip(run: StoredRun, predict: Predict, image_size: int, check: Calla
     except TrainerError as error:
         return {"problem": f"the data of the run cannot be opened ({error})"}
     are_correct = [(np.concatenate(p) == labels[indices])[readable] for p in (plain_predictions, flip_predictions)]
-    pair, n = compare_paired(*are_correct), int(readable.sum())
+    pair = compare_paired(*are_correct)
+    n = int(readable.sum())
     return {
         "split": split,
         "n": n,

@@ -166,7 +166,8 @@ def promote(run: str, folder: StoragePath, keep: int, allow_worse: bool = False)
     with tempfile.TemporaryDirectory(prefix="kubetune-promote-") as temporary_path, _hold_lease(folder):
         local_folder = Path(temporary_path)
         _download_run(run, local_folder)
-        files, versions = checksum_files(local_folder), [info.path.parent for info in list_versions(folder)]
+        files = checksum_files(local_folder)
+        versions = [info.path.parent for info in list_versions(folder)]
         decision, comparison = Decision(True, "there is no version to compare with"), None
         if versions:
             newest, number = versions[0], _get_version_number(versions[0])

@@ -18,7 +18,7 @@ writes nothing but these files and caches. Exit codes: 0 done; 2 an argument or 
 import sys
 
 from trainer.cli.arguments import parse_arguments
-from trainer.cli.compose import compose, is_sweep, load_and_require_read
+from trainer.cli.compose import compose, load_and_require_read, requests_sweep
 from trainer.cli.process import choose_and_log_source, configure_log, exit_with_code, suppress_import_noise
 from trainer.config.schema import apply_overfit
 from trainer.errors import ConfigError
@@ -36,7 +36,7 @@ def main() -> None:
         arguments, overrides = parse_arguments(sys.argv[1:], __doc__, ARGUMENTS, other_arguments=r"[^-](?s:.*)")
         lowest, highest = arguments.get("lowest", str(DEFAULT_LOWEST)), arguments.get("highest", str(DEFAULT_HIGHEST))
         bounds = parse_bounds(lowest, highest)
-        if is_sweep(overrides):
+        if requests_sweep(overrides):
             raise ConfigError("a sweep is of runs", fix="remove sweep=..., this command tests all rates in one pass")
         overrides = choose_and_log_source(overrides)
         composed = compose(overrides)

@@ -11,7 +11,7 @@ from trainer.cluster.control import ControlChannel
 from trainer.cluster.discovery import discover
 from trainer.cluster.signals import StopFlag
 from trainer.config.phases import AutoPhases, Phase, Schedule
-from trainer.config.schema import RequestedConfig, configure_teacher
+from trainer.config.schema import RequestedConfig, derive_teacher_config
 from trainer.context import PhaseRun, RunContext, open_phase
 from trainer.data.images import convert_data_errors
 from trainer.data.remote import show_addresses_in_errors
@@ -51,12 +51,12 @@ def run_range_test(config: RequestedConfig, phase: str | None, bounds: Bounds, o
     require_replaceable_page(page_folder, "trainer.rates", SUMMARY)
     if phase is not None and not isinstance(config.phases, AutoPhases):
         require_phase(phase, config.phases)
-    if configure_teacher(config):
+    if derive_teacher_config(config):
         fix = "leave it out, or give the output_dir of a trained teacher, without distillation.model"
         raise ConfigError("is not trained in a range test", key="distillation.teacher", value="train", fix=fix)
     with tempfile.TemporaryDirectory(prefix="kubetune-rates-") as temporary_dir:
         test_config = config.model_copy(update={"output_dir": f"{temporary_dir}/run", "resume": "auto"})
-        stop, control = StopFlag(), ControlChannel(discover({}), {})
+        stop, control = StopFlag(), ControlChannel(discover(environment={}), connections={})
         run_folder = open_run_folder(test_config)
         try:
             run, divisions, _, rss_bytes = set_up(test_config, run_folder, control, stop, time.time())
@@ -94,18 +94,15 @@ def require_phase(name: str, phases: Mapping[str, Phase]) -> None:
 
 def use_test_phase(run: RunContext, name: str, bounds: Bounds) -> None:
     """Replace all phases in the configuration of `run` by one: the phase `name`, changed for the test."""
-    num_epoch_steps = count_steps_per_epoch(run.images.dataset.splits["train"], run.config.training.batch_size)
-    phase = make_test_phase(run.config.phases[name], bounds, num_epoch_steps)
+    steps_per_epoch = count_steps_per_epoch(run.images.dataset.splits["train"], run.config.training.batch_size)
+    phase = make_test_phase(run.config.phases[name], bounds, steps_per_epoch)
     debug = run.config.debug.model_copy(update={"max_steps": None})
     run.config = run.images.config = run.config.model_copy(update={"phases": {name: phase}, "debug": debug})
 
 
-def make_test_phase(phase: Phase, bounds: Bounds, per_epoch: int) -> Phase:
-    """Return a copy of a phase that ends when its learning rate has grown from the lowest to the highest of `bounds`.
-
-    `per_epoch` is the number of steps per epoch.
-    """
-    steps_per_decade = count_steps_per_decade(bounds, per_epoch)
+def make_test_phase(phase: Phase, bounds: Bounds, steps_per_epoch: int) -> Phase:
+    """Return a copy of a phase that ends when its learning rate has grown from the lowest to the highest bound."""
+    steps_per_decade = count_steps_per_decade(bounds, steps_per_epoch)
     num_steps = int(np.ceil(np.log10(bounds.highest / bounds.lowest) * steps_per_decade - 1e-9)) + 1
     schedule = Schedule.model_validate({"name": "exponential", "decay": 10.0, "every": f"{steps_per_decade} steps"})
     optimizer = phase.optimizer.model_copy(update={"learning_rate": bounds.lowest})
@@ -125,7 +122,7 @@ def measure_losses(run: RunContext, name: str) -> tuple[np.ndarray, np.ndarray]:
         StopRequested: the process has received a signal.
     """
     phase = run.config.phases[name]
-    max_steps = run.config.phase_steps(phase, run.plan.sharding.steps_per_epoch)
+    max_steps = run.config.count_phase_steps(phase, run.plan.sharding.steps_per_epoch)
     freezing = set_trainable_layers(
         run.classifier, phase.thaw, phase.batch_norm, phase.backbone_rate, phase.layer_decay
     )

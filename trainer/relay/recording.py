@@ -121,18 +121,18 @@ def read_labels(model: str, version: str) -> Export:
     return Export(model, Path(str(folder)), version, classes, reference)  # nothing else of the folder is read
 
 
-def parse_predictions(response: bytes, classes: int) -> list[Prediction]:
+def parse_predictions(response: bytes, num_classes: int) -> list[Prediction]:
     """Parse TensorFlow Serving's predict response, in the row format (`predictions`) or column format (`outputs`).
 
     Args:
         response: JSON body of a response from the signature `image_bytes`, `images` or `explain`.
-        classes: number of classes.
+        num_classes: number of classes.
 
     Returns:
         One prediction per image, without its heatmap, and with its embedding if the response has embeddings.
 
     Raises:
-        ValueError, or another of `CONTENT_ERRORS`: the response does not have finite probabilities of `classes`
+        ValueError, or another of `CONTENT_ERRORS`: the response does not have finite probabilities of `num_classes`
             classes for each image.
     """
     tree = json.loads(response)
@@ -143,8 +143,8 @@ def parse_predictions(response: bytes, classes: int) -> list[Prediction]:
         columns = tree["outputs"]
     columns = columns if isinstance(columns, dict) else {"probabilities": columns}
     probabilities = np.asarray(columns["probabilities"], np.float32)  # [images, classes]
-    if probabilities.ndim != 2 or probabilities.shape[1] != classes or not np.isfinite(probabilities).all():
-        raise ValueError(f"no probabilities of {classes} classes")
+    if probabilities.ndim != 2 or probabilities.shape[1] != num_classes or not np.isfinite(probabilities).all():
+        raise ValueError(f"no probabilities of {num_classes} classes")
     if "embedding" not in columns:
         return [Prediction(row) for row in probabilities]
     embeddings = np.asarray(columns["embedding"], np.float32)

@@ -64,11 +64,18 @@ def build_report(
     Raises:
         DataError: an image cannot be read and data.on_error is "fail", or the predictions are not finite.
     """
-    split, indices, config, dataset = scored.split, scored.indices, images.config, images.dataset
+    split = scored.split
+    indices = scored.indices
+    config = images.config
+    dataset = images.dataset
     duplicates = find_duplicate_images(images, splits, check)  # first, as it adds corrupt images to `undecodable`
-    names, groups = [images.name_of(split, i) for i in indices.tolist()], dataset.splits[split].groups
-    group_names, group_field = [groups[i] for i in indices.tolist()] if groups else None, config.data.group_field or ""
-    class_names, labels, probabilities = dataset.class_names, scored.labels, scored.probabilities
+    names = [images.name_of(split, i) for i in indices.tolist()]
+    groups = dataset.splits[split].groups
+    group_names = [groups[i] for i in indices.tolist()] if groups else None
+    group_field = config.data.group_field or ""
+    class_names = dataset.class_names
+    labels = scored.labels
+    probabilities = scored.probabilities
     result = score_predictions(
         split, class_names, labels, probabilities, names, groups=group_names, group_field=group_field
     )
@@ -104,7 +111,7 @@ def select_training_samples(images: ImageStore) -> TrainingSamples:
 
 def augment_views(augmentation: Augmentation, seed: int, images: np.ndarray, indices: np.ndarray) -> np.ndarray:
     """Return views of the first image, uint8 [NUM_AUGMENTED_VIEWS, S, S, 3]; arguments as in `augment_examples`."""
-    return augment_examples(augmentation, seed, images, indices, 1)[0]
+    return augment_examples(augmentation, seed, images, indices, count=1)[0]
 
 
 def augment_examples(
@@ -154,8 +161,9 @@ def read_thumbnails(pixels: Pixels, indices: np.ndarray, check: Callable[[], Non
     if pixels.shards and len(indices) > FETCH_BATCH:
         index_batches = np.split(indices, range(FETCH_BATCH, len(indices), FETCH_BATCH))
         return np.concatenate([read_thumbnails(pixels, batch_indices, check) for batch_indices in index_batches])
-    batches = build_indexed_batches(pixels, indices, rows=READ_BATCH, replicas=1)
-    stream, gate = iter(batches.dataset), batches.open_gate()
+    batches = build_indexed_batches(pixels, indices, rows_per_batch=READ_BATCH, num_replicas=1)
+    stream = iter(batches.dataset)
+    gate = batches.open_gate()
     shape = (len(indices) + READ_BATCH, THUMBNAIL_SIDE, THUMBNAIL_SIDE, 3)  # with the padding of the last batch
     thumbnails = np.zeros(shape, np.uint8)
     health.record_progress(0, len(indices))
@@ -178,10 +186,12 @@ def find_duplicate_images(images: ImageStore, splits: Sequence[str], check: Call
     Raises:
         DataError: an image cannot be read and data.on_error is "fail".
     """
-    dataset, thumbnails = images.dataset, dict[str, tuple[np.ndarray, np.ndarray]]()
+    dataset = images.dataset
+    thumbnails = dict[str, tuple[np.ndarray, np.ndarray]]()
     counts = allocate_comparisons({name: dataset.splits[name].count for name in splits})
     for name in splits:
-        indices, split = np.arange(counts[name], dtype=np.int64), dataset.splits[name]
+        indices = np.arange(counts[name], dtype=np.int64)
+        split = dataset.splits[name]
         # Files are ordered by class, so they are sampled at equal intervals. Records of shards are not ordered.
         if len(indices) < split.count and not split.shards:
             indices = np.linspace(0, split.count - 1, len(indices)).astype(np.int64)
@@ -207,7 +217,8 @@ def write_tensorboard_images(folder: Path, logs: Path, report: Mapping[str, Any]
     drawing them. Its format is a tensor of strings: width, height, and one PNG per image.
     """
     shutil.rmtree(logs, ignore_errors=True)
-    writer, metadata = tf.summary.create_file_writer(str(logs)), create_summary_metadata(None, None)
+    writer = tf.summary.create_file_writer(str(logs))
+    metadata = create_summary_metadata(None, None)
     with writer.as_default(step=step), tf.device("CPU"):
         for name, file in report["figures"].items():
             png = (folder / file).read_bytes()

@@ -202,7 +202,8 @@ def compare_configurations(runs: Sequence[ScoredRun]) -> list[tuple[str, list[st
     prefixes = tuple(f"phases.{name}." for names in phases for name in names if any(name not in p for p in phases))
     keys = [key for key in sorted(set().union(*configs) - _IGNORED_KEYS) if not key.startswith(prefixes)]
     if prefixes:
-        configs, keys = [config | {"phases": p} for config, p in zip(configs, phases, strict=True)], ["phases", *keys]
+        configs = [config | {"phases": p} for config, p in zip(configs, phases, strict=True)]
+        keys = ["phases", *keys]
     rows = [(key, [_format_argument(config[key]) if key in config else MISSING for config in configs]) for key in keys]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
@@ -220,7 +221,9 @@ def _compute_rows(comparison: Comparison) -> list[dict[str, Any]]:
     `pair` is None in the first run's row. `changed` lists a title and indices into `Comparison.files`: for the examples
     that only this run predicts correctly, and for those that only the first run predicts correctly.
     """
-    rows, n, first = [], len(comparison.files), comparison.correct[0]
+    rows = []
+    n = len(comparison.files)
+    first = comparison.correct[0]
     for i, (run, correct) in enumerate(zip(comparison.runs, comparison.correct, strict=True)):
         num_correct = int(correct.sum())
         row: dict[str, Any] = {"name": run.name, "address": run.address, "pair": None}
@@ -280,10 +283,12 @@ def _read_image(run: ScoredRun, file: str) -> Markup | None:
 
 def _collect_changes(comparison: Comparison, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Return the page's sections of changed predictions: at most two per later run and `MAX_IMAGES_PER_TAB` images."""
-    first, sections = comparison.runs[0], []
+    first = comparison.runs[0]
+    sections = []
     for row, run, run_files in zip(rows[1:], comparison.runs[1:], comparison.names[1:], strict=True):
         for title, examples in row["changed"]:
-            shots, example_names = [], [comparison.files[k] for k in examples]
+            shots = []
+            example_names = [comparison.files[k] for k in examples]
             for k in examples[:MAX_IMAGES_PER_TAB]:
                 name = comparison.names[0][k]
                 if image := _read_image(first, name) or _read_image(run, run_files[k]):

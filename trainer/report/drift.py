@@ -48,7 +48,8 @@ def draw(path: Path, reference: Mapping[str, Any], window: PredictionWindow, mea
     confidence_axes.set_xlim(0, 1)
     set_heading(confidence_axes, "Largest probability")
     style_axes(confidence_axes, "y")
-    ratios, ys = [min(measure.value / measure.shifted, 3.0) for measure in measures], np.arange(len(measures))
+    ratios = [min(measure.value / measure.shifted, 3.0) for measure in measures]
+    ys = np.arange(len(measures))
     measure_axes.barh(ys, ratios, 0.5, color=[LEVEL_COLORS[measure.level] for measure in measures])
     measure_axes.axvline(1, color=INK, linewidth=1)
     measure_axes.set_yticks(ys, [measure.name for measure in measures])

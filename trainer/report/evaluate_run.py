@@ -65,7 +65,7 @@ def evaluate(
         ModelError: the backbone cannot be loaded.
         StopRequested: a signal was received; the evaluation has to be started again.
     """
-    config, stop, control = run.config, StopFlag(), ControlChannel(discover({}), {})
+    config, stop, control = run.config, StopFlag(), ControlChannel(discover(environment={}), connections={})
 
     def open_data(config: RunConfig, log_message: LogMessage) -> OpenedData:
         data_config = config.model_copy(
@@ -78,16 +78,18 @@ def evaluate(
     data = open_data(config, log.info)
     if moved and (list(data.dataset.splits) == ["train"] or moved.data.corrections):
         with suppress(DataError):  # another dataset may be too small to be divided
-            divided_data = open_data(moved, lambda _: None)
+            divided_data = open_data(moved, log_message=lambda _: None)
             data = divided_data if has_fingerprints(divided_data.dataset, run.fingerprint) else data
     dataset = map_to_run_classes(run, data.dataset)
     data = replace(data, dataset=dataset)
-    max_size, num_replicas = max(split.count for split in dataset.splits.values()), choose_devices(config.runtime, 1)[1]
+    max_size = max(split.count for split in dataset.splits.values())
+    num_replicas = choose_devices(config.runtime, num_workers=1)[1]
     config, _ = limit_batch_size(config, max_size, num_replicas)  # as in training
     worker = Worker(control, build_strategy(config, control, log.info, count_usable_cpus()), stop)
     stop.install()
     with worker.strategy.scope():
-        num_classes, checkpoint_label = len(dataset.class_names), f"checkpoint step {checkpoint.step}"
+        num_classes = len(dataset.class_names)
+        checkpoint_label = f"checkpoint step {checkpoint.step}"
         classifier = rebuild_classifier(config.model, num_classes, config.seed, checkpoint.values, checkpoint_label)
     log.info(f"model: {config.model.backbone}, {checkpoint.name} (step {checkpoint.step}) of {run.address}")
     images = ImageStore(data, config, classifier.image_size, stop.check)

@@ -59,7 +59,8 @@ def create_figure(height: float, width: float = WIDTH, fit_labels: bool = True) 
 
 def shorten_name(name: str, max_length: int) -> str:
     """Make a name printable, and replace its middle by an ellipsis if it has more than `max_length` characters."""
-    name, tail_length = escape_unprintable(name), max_length // 2
+    name = escape_unprintable(name)
+    tail_length = max_length // 2
     return name if len(name) <= max_length else name[: max_length - tail_length - 1] + "…" + name[-tail_length:]
 
 
@@ -333,7 +334,8 @@ def draw_confusion(confusion: Sequence[Sequence[int]] | np.ndarray, class_names:
     With up to `MAX_NUMBERED_CLASSES` classes, the chart has class names and counts. With more classes it has neither,
     and a second chart shows the most frequent confusions.
     """
-    matrix, num_classes = np.asarray(confusion), len(class_names)
+    matrix = np.asarray(confusion)
+    num_classes = len(class_names)
     if num_classes > MAX_NUMBERED_CLASSES:
         title = f"Confusion matrix of {num_classes} classes, in their order"
         figure, axes = create_plot(title, 560, 580, left=56, top=30)

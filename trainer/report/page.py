@@ -211,7 +211,9 @@ def _make_gallery_entry(
 
     `index` is the example's row in `result`, and `pixels` is its image, uint8 [S, S, 3].
     """
-    label, probabilities, names = int(result.labels[index]), result.probabilities[index], result.class_names
+    label = int(result.labels[index])
+    probabilities = result.probabilities[index]
+    names = result.class_names
     prediction = int(probabilities.argmax())
     return {
         "image": embed_thumbnail(pixels, GALLERY_SIDE, f"{names[prediction]}, truth {names[label]}"),
@@ -256,7 +258,8 @@ def write_page(
         charts: the charts of the sections "curves" (can be empty), "confusion", "f1" and "calibration".
     """
     confusion, per_class = np.asarray(report["test"]["confusion"]), report["test"]["per_class"]
-    many_classes, wrong_counts = len(confusion) > figures.MAX_NUMBERED_CLASSES, figures.zero_diagonal(confusion)
+    many_classes = len(confusion) > figures.MAX_NUMBERED_CLASSES
+    wrong_counts = figures.zero_diagonal(confusion)
     confused_with = wrong_counts.argmax(axis=1)  # index of the most frequent wrong prediction for each class
     weakest_first = sorted(range(len(per_class)), key=lambda i: (not per_class[i]["support"], per_class[i]["f1"]))
     tabs = {

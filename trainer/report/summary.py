@@ -15,7 +15,9 @@ def log_summary(report: Mapping[str, Any], address: str) -> None:
         report: content of a run's report.json.
         address: the run's output_dir, as given by the user.
     """
-    test, folder, timing = report["test"], address.rstrip("/"), report["timing"]
+    test = report["test"]
+    folder = address.rstrip("/")
+    timing = report["timing"]
     low, high = test["interval"]
     lines = [
         "",

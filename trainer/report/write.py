@@ -30,7 +30,8 @@ VALIDATION_NOTE = (
 
 def describe_data(dataset: Dataset) -> dict[str, Any]:
     """Return `data` of report.json: a description of the dataset (`trainer.report.schema.Data`)."""
-    splits, num_classes = dataset.splits.values(), len(dataset.class_names)
+    splits = dataset.splits.values()
+    num_classes = len(dataset.class_names)
     return {
         "name": dataset.name,
         "fingerprint": dataset.fingerprint,

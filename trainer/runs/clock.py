@@ -57,7 +57,7 @@ class Clock:
         self.file, self._last, self._written = file, process_started, 0.0
         self._category, self._waited = "start", 0.0  # category of the open span, and its seconds that count in `wait`
         self.seconds = dict.fromkeys(CATEGORIES, 0.0)
-        stored: dict[str, float] = read_json_or_default(file, parse_breakdown, {}) if file else {}
+        stored: dict[str, float] = read_json_or_default(file, parse_breakdown, default={}) if file else {}
         if stored:
             as_of = stored.pop("as_of")
             self.seconds |= stored

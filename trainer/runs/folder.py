@@ -26,7 +26,13 @@ from trainer.cluster.control import ControlChannel
 from trainer.config.auto import resolve_auto
 from trainer.config.diff import ADDRESS_KEYS, INITIAL_WEIGHTS_KEYS, list_forbidden_changes, list_moved_addresses
 from trainer.config.distillation import TEACHER_FOLDER
-from trainer.config.schema import RequestedConfig, RunConfig, configure_teacher, load_resolved, parse_config
+from trainer.config.schema import (
+    RequestedConfig,
+    RunConfig,
+    derive_teacher_config,
+    parse_config,
+    validate_resolved_config,
+)
 from trainer.config.typed import format_argument
 from trainer.errors import BUG, INTERRUPTED, ConfigError, DataError, Interrupted, StopRequested
 from trainer.monitoring.log import log
@@ -137,7 +143,7 @@ class RunFolder:
             BREAKDOWN_FILE: parse_breakdown,
         }.items():
             try:
-                read_json(self.path / name, parse, "")
+                read_json(self.path / name, parse, fix="")
             except DataError as error:
                 new_name = rename_corrupt_file(self.path / name).name
                 log.info(f"{error.problem}: renamed to {new_name}, and begun anew{_CORRUPTION_EFFECTS[name]}")
@@ -230,7 +236,7 @@ def parse_run_json(value: Any) -> dict[str, Any]:
 
 def read_run_json(folder: Path) -> dict[str, Any]:
     """Read the run.json in a run's folder; return {} if the file does not exist or is corrupt."""
-    return read_json_or_default(folder / RUN_JSON, parse_run_json, {})
+    return read_json_or_default(folder / RUN_JSON, parse_run_json, default={})
 
 
 def describe_versions(run_json: dict[str, Any]) -> str | None:
@@ -432,7 +438,7 @@ def check_folder(
         if config.resume == "must":
             problem, fix = f"output_dir={address} holds no run", "give the output_dir of a run, or resume=auto"
             raise ConfigError(problem, key="resume", value="must", fix=fix)
-        teacher_names = {TEACHER_FOLDER} if configure_teacher(config) else set()  # the teacher's run trains first
+        teacher_names = {TEACHER_FOLDER} if derive_teacher_config(config) else set()  # the teacher's run trains first
         if names := contents.names - teacher_names:
             problem, fix = (
                 f"is not empty and holds no run ({escape_unprintable(min(names))})",
@@ -459,7 +465,7 @@ def check_folder(
 def parse_stored_config(content: bytes, address: str) -> RunConfig:
     """Parse the config.yaml in output_dir `address`. Raises ConfigError if the content is corrupt or invalid."""
     try:
-        return load_resolved(parse_config(content))
+        return validate_resolved_config(parse_config(content))
     except ConfigError as error:
         problem = f"its config.yaml cannot be used: {error.problem}"
         warm_start = format_argument("warm_start", address)
@@ -478,7 +484,7 @@ def inspect_folder(config: RequestedConfig) -> tuple[RunConfig | None, dict[str,
     folder = storage_path(config.output_dir or "")
     _, resumed = check_folder(config, str(config.output_dir), _read_contents(folder))
     with suppress(DataError):
-        return resumed, read_json(folder / RUN_JSON, parse_run_json, "") or {} if resumed else {}
+        return resumed, read_json(folder / RUN_JSON, parse_run_json, fix="") or {} if resumed else {}
     return resumed, {}
 
 
@@ -541,9 +547,9 @@ def require_unfinished(config: RequestedConfig) -> None:
         raise Finished(f"{folder} is finished already (it holds DONE); its report is {folder}/report/index.html")
 
 
-def require_output_dir(config: RequestedConfig, workers: int) -> None:
-    """Raise a ConfigError if a run with several `workers` has no output_dir."""
-    if workers > 1 and not config.output_dir:
+def require_output_dir(config: RequestedConfig, num_workers: int) -> None:
+    """Raise a ConfigError if a run with several `num_workers` has no output_dir."""
+    if num_workers > 1 and not config.output_dir:
         raise ConfigError("is required with several workers", key="output_dir", fix="give a folder that outlives them")
 
 
@@ -562,12 +568,17 @@ def _get_local_folder(config: RequestedConfig, address: str) -> Path:
 
 
 def resolve_auto_once(
-    config: RequestedConfig, folder: RunFolder, control: ControlChannel, dataset: Dataset, device: Device, replicas: int
+    config: RequestedConfig,
+    folder: RunFolder,
+    control: ControlChannel,
+    dataset: Dataset,
+    device: Device,
+    num_replicas: int,
 ) -> tuple[RunConfig, list[str]]:
     """Resolve the `auto` values on the chief, and broadcast them. All workers must call this.
 
     A resumed run uses the values of its earlier starts. A new run chooses them for the dataset, the device, and
-    `replicas`, the number of replicas on all workers.
+    `num_replicas`, the number of replicas on all workers.
 
     Returns:
         The configuration, equal on all workers, and a line with the reason for each chosen value.
@@ -576,7 +587,7 @@ def resolve_auto_once(
     def choose() -> tuple[dict[str, Any], list[str]]:
         earlier_config = folder.config if folder.resuming and isinstance(folder.config, RunConfig) else None
         num_images, num_classes = dataset.splits["train"].count, len(dataset.class_names)
-        chosen, reasons = resolve_auto(config, num_images, num_classes, device, earlier_config, replicas)
+        chosen, reasons = resolve_auto(config, num_images, num_classes, device, earlier_config, num_replicas)
         return chosen.model_dump(mode="json"), reasons
 
     if isinstance(config, RunConfig):

@@ -83,7 +83,8 @@ def find_warm_start(source: str, folder: Path) -> Path:
     checkpoints = open_local_checkpoints(source, folder)
     if checkpoints.folder.parent != folder:
         return folder
-    best_names, steps = read_pointer(storage_path(checkpoints.folder / "BEST")), checkpoints.list_steps()
+    best_names = read_pointer(storage_path(checkpoints.folder / "BEST"))
+    steps = checkpoints.list_steps()
     return checkpoints.path(next((step for step in steps if checkpoints.path(step).name in best_names), steps[-1]))
 
 

@@ -176,7 +176,8 @@ class Publisher:
         names = sorted(filter(is_local_checkpoint, local_names), reverse=True)
         for name in names:
             if name not in self._remote_names:
-                remote_name, files = f"{name}-{self.token}", (self.local_folder / "checkpoints" / name).iterdir()
+                remote_name = f"{name}-{self.token}"
+                files = (self.local_folder / "checkpoints" / name).iterdir()
                 for file in sorted(files, key=lambda f: f.name == "manifest.json"):  # manifest last
                     (remote / f"checkpoints/{remote_name}/{file.name}").upload(file)
                     health.record_progress()

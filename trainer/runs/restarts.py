@@ -144,7 +144,7 @@ class RestartHistory:
         """
         self.file, self._has_started = file, False  # _begun: whether the last entry is this process
         self.entries: list[dict[str, Any]] = (
-            read_json_or_default(file, parse_entries, []) if file and not is_new else []
+            read_json_or_default(file, parse_entries, default=[]) if file and not is_new else []
         )
 
     def require_progress(self, step: int, max_failures: int) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer.config.schema import Model, RunConfig, load_resolved, parse_config
+from trainer.config.schema import Model, RunConfig, parse_config, validate_resolved_config
 from trainer.data.records import join_first
 from trainer.errors import ConfigError, DataError
 from trainer.monitoring.log import log
@@ -53,7 +53,7 @@ def read_run(address: str) -> tuple[StoragePath, dict[str, Any], dict[str, Any]]
         fix = "restore the file, or give another run"
         raise ConfigError(f"its config.yaml {error.problem}", key="run", value=address, fix=fix) from None
     try:
-        run_json = read_json(folder / "run.json", _parse_run_json, "")
+        run_json = read_json(folder / "run.json", _parse_run_json, fix="")
     except DataError:
         run_json = None
     if run_json is None:
@@ -91,7 +91,7 @@ def find_run(address: str, changes: dict[str, Any] | None = None) -> StoredRun:
             section = section[name]
         section[field_name] = value
     try:
-        config = load_resolved(config_tree)
+        config = validate_resolved_config(config_tree)
     except ConfigError as error:
         fix = "change the value on the command line, or give a run of this version"
         raise ConfigError(f"has an invalid config.yaml: {error}", key="run", value=address, fix=fix) from None
@@ -138,7 +138,7 @@ def find_checkpoint(run: StoredRun, selector: str) -> StoragePath:
 def _read_phases(run: StoredRun) -> dict[str, Any]:
     """Read the phase summaries in a run's report, by phase; {} if it does not exist or is corrupt, which is logged."""
     try:
-        return read_json(run.folder / "report" / "report.json", _parse_phases, "") or {}
+        return read_json(run.folder / "report" / "report.json", _parse_phases, fix="") or {}
     except DataError as error:
         log.info(f"{error.problem}; the summary of the phases is that of the checkpoint")
         return {}
@@ -193,7 +193,8 @@ def open_classifier(run: StoredRun, checkpoint: LoadedCheckpoint) -> Classifier:
     from trainer.cluster.devices import DTYPE_POLICIES
 
     keras.config.set_dtype_policy(DTYPE_POLICIES[run.config.runtime.precision])
-    num_classes, source = len(run.class_names), f"checkpoint step {checkpoint.step}"
+    num_classes = len(run.class_names)
+    source = f"checkpoint step {checkpoint.step}"
     return rebuild_classifier(run.config.model, num_classes, run.config.seed, checkpoint.values, source)
 
 

@@ -216,7 +216,7 @@ class Service:
             self.cancelled += 1
             if code == "none":
                 response = _make_json_response(
-                    {"error": "the server has stopped; send the request to another one"}, 503
+                    {"error": "the server has stopped; send the request to another one"}, status=503
                 )
                 await response(scope, receive, count_and_send)
         finally:
@@ -376,4 +376,4 @@ async def _respond_to_http_error(_request: Request, error: HTTPException) -> Res
 
 async def _respond_to_bug(_request: Request, error: Exception) -> Response:
     log_traceback(error)
-    return _make_json_response({"error": "internal error; the log of the server has the traceback"}, 500)
+    return _make_json_response({"error": "internal error; the log of the server has the traceback"}, status=500)

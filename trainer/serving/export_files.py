@@ -60,7 +60,7 @@ def find_export(address: str, cache_dir: Path, log_message: Callable[[str], None
     failures: list[tuple[str, DataError]] = []  # (version, error)
     for graph in list_export_versions(address):
         try:
-            export = read_export(address, graph, cache_dir, log_message, lambda: None)
+            export = read_export(address, graph, cache_dir, log_message, check_cancelled=lambda: None)
         except DataError as error:
             failures.append((graph.path.parent.name, error))
             continue

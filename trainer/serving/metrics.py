@@ -37,7 +37,8 @@ class ServingMetrics(Collector):
         self.current: VersionMetrics | None = None  # metrics of the served version; None until it is loaded
         registry = self.registry = CollectorRegistry()
         kwargs: Any = {"namespace": "kubetune_serving", "registry": registry}
-        sizes, twentieths = list_batch_sizes(settings.batch), [i / 20 for i in range(1, 21)]
+        sizes = list_batch_sizes(settings.batch)
+        twentieths = [i / 20 for i in range(1, 21)]
         self.ready = Gauge("ready", "1 while the server is ready", **kwargs)
         self.requests = Counter("requests", "Requests by route and status", ["route", "code"], **kwargs)
         self.seconds = Histogram("request_seconds", "Latency of requests", ["route"], buckets=LATENCY_BUCKETS, **kwargs)
@@ -82,7 +83,9 @@ class VersionMetrics:
             images: the images of a batch, whose names and request identifiers are logged.
             predictions: each image's prediction; a string, the reason why the image cannot be decoded, is ignored.
         """
-        timestamp, lines, metrics = format_utc_now(), [], self._metrics
+        timestamp = format_utc_now()
+        lines = []
+        metrics = self._metrics
         for image, prediction in zip(images, predictions, strict=True):
             if isinstance(prediction, str):
                 continue
@@ -134,7 +137,9 @@ class VersionMetrics:
         }
         yield InfoMetricFamily("kubetune_serving", "Name and version of the model, and version of kubetune", labels)
         with self._lock:
-            n, counts, confidences = self._window.n, self._window.classes.copy(), self._window.confidences.copy()
+            n = self._window.n
+            counts = self._window.classes.copy()
+            confidences = self._window.confidences.copy()
             gaussian = self._window.fit_gaussian() if self._window.embedding_count >= MIN_PREDICTIONS else None
         yield GaugeMetricFamily("kubetune_serving_drift_predictions", "Predictions that drift is measured over", n)
         reference = self.export.reference

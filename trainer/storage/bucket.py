@@ -280,8 +280,10 @@ class BucketPath(StoragePath):
 
     def _upload_object(self, data: bytes, only_if: Version | None) -> Version:
         """Upload `data` in one request. The storage verifies it before the object becomes visible."""
-        write_id, crc = uuid.uuid4().hex, google_crc32c.value(data)
-        condition, attempts = only_if, 0
+        write_id = uuid.uuid4().hex
+        crc = google_crc32c.value(data)
+        condition = only_if
+        attempts = 0
 
         def put(timeouts: Timeouts) -> Version:
             """Write the object in one attempt, and verify it."""

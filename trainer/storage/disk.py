@@ -140,7 +140,8 @@ def translate_disk_error(
     """
     if (reason := describe_failure(error)) is None:
         return None
-    folder_names, filename = [str(folder) for folder in folders], _get_filename(error)
+    folder_names = [str(folder) for folder in folders]
+    filename = _get_filename(error)
     paths = [filename] if filename else [name for name in folder_names if len(name) > 1 and name in str(error)]
     folder = _find_nearest_ancestor(
         min(paths or _extract_paths(str(error)) or folder_names or ["."], key=get_free_bytes), os.path.isdir

@@ -211,7 +211,8 @@ class GcsPath(BucketPath):
 
         def copy(timeouts: Timeouts) -> Version:
             """Send rewrite requests until the copy is complete, and return the copy's generation."""
-            blob, token = self._make_blob(), None
+            blob = self._make_blob()
+            token = None
             blob.content_type = _CONTENT_TYPE
             while True:  # once, unless the storage cannot copy by reference
                 token, *_ = blob.rewrite(source, token=token, timeout=timeouts, retry=None)

@@ -114,7 +114,8 @@ def _add_payer(address: str) -> bool:
 
     Requests to other buckets do not name a payer, because Google would charge the payer for them too.
     """
-    name, project = address.removeprefix("gs://").partition("/")[0], _get_payer()
+    name = address.removeprefix("gs://").partition("/")[0]
+    project = _get_payer()
     with _lock:
         is_new = name not in _requester_pays_buckets
         _requester_pays_buckets.add(name)

@@ -218,7 +218,9 @@ def acquire_lease(
         Interrupted: another process still renews the lease after `max_wait` seconds, or no request succeeded in time.
         DataError: `.lease` is corrupt, or the storage denies access.
     """
-    file, lease_seconds, deadline = folder / LEASE_FILE, LEASE_SECONDS, time.monotonic() + max_wait
+    file = folder / LEASE_FILE
+    lease_seconds = LEASE_SECONDS
+    deadline = time.monotonic() + max_wait
     last_change: tuple[Version | None, float] | None = None  # version of `.lease`, and when this process first read it
     has_logged = False
     while True:

@@ -61,7 +61,9 @@ def call_with_retries(
         Interrupted: no attempt succeeded before the deadline.
         TrainerError: `classify` returned this error because a retry cannot succeed.
     """
-    max_seconds, start, backoff = get_deadline(), time.monotonic(), INITIAL_BACKOFF_SECONDS
+    max_seconds = get_deadline()
+    start = time.monotonic()
+    backoff = INITIAL_BACKOFF_SECONDS
     while True:
         remaining = max(max_seconds - (time.monotonic() - start), 0.05)
         try:

@@ -86,7 +86,8 @@ class S3Path(BucketPath):
             return None
         if response is None:
             return None
-        info, data = self._make_info(response.meta, response.attributes), bytes(response.bytes())
+        info = self._make_info(response.meta, response.attributes)
+        data = bytes(response.bytes())
         if len(data) != info.size:
             raise CorruptTransfer(f"{len(data)} bytes of {info.size}")
         if info.crc32c not in (None, google_crc32c.value(data)):
@@ -110,7 +111,9 @@ class S3Path(BucketPath):
         With a delimiter, all objects and subfolders are on one page. The web console marks a folder with an empty
         object whose key ends in a slash. obstore removes the slash, so here the object has the folder's name.
         """
-        store, prefix, limit = get_store(self.bucket, timeouts), self.key or None, max_objects or PAGE_OBJECTS
+        store = get_store(self.bucket, timeouts)
+        prefix = self.key or None
+        limit = max_objects or PAGE_OBJECTS
         if delimiter:
             listing = obstore.list_with_delimiter(store, prefix)
             page = [replace(self, key=meta["path"])._make_info(meta) for meta in listing["objects"]]
@@ -122,7 +125,8 @@ class S3Path(BucketPath):
     def _request_write(self, data: bytes, write_id: str, only_if: Version | None, timeouts: Timeouts) -> WriteResult:
         mode: Any = "overwrite" if only_if == ANY else "create" if only_if is None else {"e_tag": str(only_if)}
         crc = google_crc32c.value(data)
-        store, attributes = get_store(self.bucket, timeouts), _make_attributes(write_id, crc)
+        store = get_store(self.bucket, timeouts)
+        attributes = _make_attributes(write_id, crc)
         try:
             result = obstore.put(store, self.key, data, mode=mode, attributes=attributes, use_multipart=False)
         except Exception as error:
@@ -203,7 +207,8 @@ class S3Path(BucketPath):
         timeouts = min(retries.CONNECT_SECONDS, deadline), min(retries.READ_SECONDS, deadline)
         store = get_store(self.bucket, timeouts, retry_seconds=deadline)
         for attempt in range(MAX_UPLOADS):
-            write_id, start = uuid.uuid4().hex, time.monotonic()
+            write_id = uuid.uuid4().hex
+            start = time.monotonic()
             try:
                 result = obstore.put(
                     store, self.key, read_parts(), attributes=_make_attributes(write_id, crc), use_multipart=True,

@@ -22,7 +22,9 @@ def scratch_folder() -> Iterator[None]:
     First delete the folders of killed processes. They are unlocked, because a process locks its folder until it ends.
     If no folder can be created, `tempfile` is not changed, and its next call raises an error with the reason.
     """
-    lock, folder, previous_tempdir = None, None, tempfile.tempdir
+    lock = None
+    folder = None
+    previous_tempdir = tempfile.tempdir
     with suppress(OSError):
         parent = Path(tempfile.gettempdir())
         _delete_abandoned(parent)

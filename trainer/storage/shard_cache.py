@@ -187,7 +187,8 @@ class ShardCache:
 
     def _wait(self, names: tuple[str, ...]) -> float:
         """Wait until shards are on disk, and return the waiting time in seconds. Raise a failed transfer's error."""
-        start, has_logged = time.monotonic(), False
+        start = time.monotonic()
+        has_logged = False
         while missing_names := [name for name in names if name not in self._cached]:
             for name in missing_names:
                 if name in self._errors:
@@ -247,7 +248,9 @@ class ShardCache:
 
     def _transfer(self, name: str) -> None:
         """Transfer one shard in the calling thread, then start the next transfers and wake up waiting readers."""
-        info, file, transfer_error = self.infos[name], self.folder / name, None
+        info = self.infos[name]
+        file = self.folder / name
+        transfer_error = None
         try:
             info.path.download(file, expected=info)
             os.utime(file, ns=(time.time_ns(), _make_mtime_ns(info.version)))

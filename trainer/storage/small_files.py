@@ -69,7 +69,7 @@ def read_json(path: StoragePath | Path, convert: Callable[[Any], T], fix: str) -
 def read_json_or_default(path: Path, convert: Callable[[Any], T], default: D) -> T | D:
     """Call `read_json` for an optional local file. Return `default` if it is missing, corrupt or unreadable."""
     try:
-        value = read_json(path, convert, "")
+        value = read_json(path, convert, fix="")
     except DataError:
         return default
     return default if value is None else value

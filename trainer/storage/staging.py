@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from trainer.errors import DataError
+from trainer.errors import DataError, format_count
 from trainer.names import escape_unprintable, find_path_error
 from trainer.storage.base import STALE_SECONDS, ObjectInfo, Version, is_temporary_name
 from trainer.storage.local import safe_join, write_json
@@ -121,7 +121,7 @@ def separate_invalid_objects(
 def describe_skipped_objects(skipped_objects: Iterable[str]) -> str:
     """Format a log message about objects that cannot be files, from "ADDRESS (reason)" of each. It names three."""
     items = tuple(skipped_objects)
-    suffix = f" and {len(items) - 3} more" * (len(items) > 3)
+    suffix = f" and {len(items) - 3} more" if len(items) > 3 else ""
     clause = "1 object cannot be a file and is" if len(items) == 1 else f"{len(items)} objects cannot be files and are"
     return f"{clause} left out: {', '.join(items[:3])}{suffix}"
 
@@ -225,12 +225,13 @@ def download_missing_files(
         Interrupted: the bucket does not respond.
         OSError: a copy cannot be written.
     """
-    versions, missing = _read_versions(folder) or {}, select_missing(folder, infos)
+    versions = _read_versions(folder) or {}
+    missing = select_missing(folder, infos)
     if not missing:
         log_message(f"{address}: all files are already in {folder}")
         return
     total_bytes, done_bytes = sum(info.size for info in missing.values()), 0
-    file_count = f"{len(missing):,} file{'s' * (len(missing) != 1)}"
+    file_count = format_count(len(missing), "file")
     log_message(f"{address}: fetching {file_count}, {total_bytes / 1e6:,.1f} MB, to {folder}")
     start = last_report = time.monotonic()
 
@@ -283,7 +284,7 @@ def identify_staged_file(path: str | Path) -> str | None:
 
 def _read_versions(folder: Path) -> dict[str, Version] | None:
     """Return the version of each staged file in a folder, by relative name; None if the folder has no staged files."""
-    return read_json_or_default(folder / VERSIONS, require_json_object, None)
+    return read_json_or_default(folder / VERSIONS, require_json_object, default=None)
 
 
 _read_versions_cached = cache(_read_versions)

@@ -180,9 +180,9 @@ def _call_on_host(function: Callable[[], float], after: Sequence[tf.Tensor] = ()
     return result
 
 
-def _all_reduce(values: Any, replicas: int) -> Any:
+def _all_reduce(values: Any, num_replicas: int) -> Any:
     """Sum values over all replicas. Must be called in replica context."""
-    if replicas == 1:
+    if num_replicas == 1:
         return values
     return tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, values)
 
@@ -271,12 +271,12 @@ class TrainingStep:
             if self.averages:
                 self.averages.swap()
 
-    def run(self, batches: Any, steps: int, run_step: int, phase_step: int) -> tuple[np.ndarray, float, bool]:
-        """Run `steps` steps, or fewer if a worker requests a stop.
+    def run(self, batches: Any, num_steps: int, run_step: int, phase_step: int) -> tuple[np.ndarray, float, bool]:
+        """Run `num_steps` steps, or fewer if a worker requests a stop.
 
         Args:
             batches: distributed iterator over this worker's batches.
-            steps: number of steps to run.
+            num_steps: number of steps to run.
             run_step: steps of the run before this call; dropout depends on it.
             phase_step: steps of the phase before this call; the decay of the averages depends on it.
 
@@ -289,8 +289,9 @@ class TrainingStep:
         if self.settings.xla and not self.traced:  # the names of functions are part of the key of a stored XLA program
             advance_function_numbers((self.settings.phase + 1) * FUNCTIONS_PER_PHASE)
         call_sums, waited, stopped, steps_done = list[np.ndarray](), 0.0, False, 0
-        while steps_done < steps and not stopped:
-            call_steps = steps if self.settings.polls_each_step else min(self._steps_per_call, steps - steps_done)
+        while steps_done < num_steps and not stopped:
+            remaining_steps = num_steps - steps_done
+            call_steps = num_steps if self.settings.polls_each_step else min(self._steps_per_call, remaining_steps)
             started_at = time.perf_counter()
             sums, wait_seconds, stop_flag = self._compiled_loop(
                 batches, tf.constant(call_steps), tf.constant(run_step + steps_done, tf.int64),
