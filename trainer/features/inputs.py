@@ -184,7 +184,9 @@ class FeatureCache:
         if split == "validation":
             fraction = training.validation_share
             scorer = self.scorer
-            indices = select_examples_to_score(examples, training.batch_size, fraction, scorer.sharding, scorer.rows)
+            indices = select_examples_to_score(
+                examples, training.batch_size, fraction, scorer.sharding, scorer.rows_per_call
+            )
         else:
             indices = select_worker_examples(examples, self.scorer.sharding)
         dtype = select_stored_dtype(options, cut)
