@@ -170,7 +170,7 @@ def test_an_evaluation_opens_only_what_was_required(
     split: Split, local: Pixels, tmp_path: Path, part: float, sharding: Sharding, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("trainer.data.order.MAX_BLOCK_RECORDS", 64)
-    options = {"batch_size": 12, "replicas": 2, "fraction": part, "sharding": sharding}
+    options = {"batch_size": 12, "num_replicas": 2, "fraction": part, "sharding": sharding}
 
     def scored(pixels: Pixels) -> Batches:
         scoring = build_evaluation_batches(pixels, **options)  # type: ignore[arg-type]

@@ -21,6 +21,7 @@ from tests.storage.s3_server import S3Server
 from tests.waiting import PATIENCE, wait_until
 from trainer.errors import DataError, Interrupted
 from trainer.storage import lease as leases
+from trainer.storage import retries
 from trainer.storage.base import Version, request_deadline
 from trainer.storage.lease import acquire_lease, describe_holder
 from trainer.storage.path import StoragePath, storage_path
@@ -331,6 +332,7 @@ def test_a_lost_response_is_not_a_lost_lease(
     emulator: Emulator | S3Server, in_bucket: StoragePath, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(leases, "LEASE_SECONDS", LONG_SECONDS)
+    monkeypatch.setattr(retries, "DEADLINE_SECONDS", PATIENCE)
     odds = {"lost": 0.4, "reset": 0.1}
     with faults(emulator.url, odds, 3, emulator.scheme) as proxy, emulator.environment(proxy.url):
         lease = acquire_lease(in_bucket, "host-a/1")
