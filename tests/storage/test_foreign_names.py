@@ -248,7 +248,7 @@ def test_pointers_name_checkpoints_only(tmp_path: Path, name: str) -> None:
 def test_a_teacher_has_only_files_that_can_be_written(in_bucket: StoragePath) -> None:
     for name in ("saved_model.pb", "assets/labels.txt", "variables/a", "//etc/x"):
         put(in_bucket, name)
-    assert set(describe_teacher(str(in_bucket)).files) == {"saved_model.pb", "assets/labels.txt", "variables/a"}
+    assert set(describe_teacher(str(in_bucket)).bytes_by_file) == {"saved_model.pb", "assets/labels.txt", "variables/a"}
 
 
 @pytest.mark.parametrize("end", ["", "/", "/.", "/./", "//"])

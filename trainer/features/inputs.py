@@ -93,7 +93,7 @@ def switch_to_images(name: str, images: ImageStore, plan: FeaturePlan) -> None:
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """Opens the features of a phase: reads the rows that an earlier start stored on disk, and computes the others."""
+    """Opens the features of a phase: reads the rows that an earlier process stored on disk, and computes the others."""
 
     feature_pass: FeaturePass
     plan: FeaturePlan
@@ -182,9 +182,13 @@ class FeatureCache:
         is_augmented = split == "train" and config.augmentation.active
         views = (options.augmented_views or 1) if is_augmented else 1
         if split == "validation":
-            fraction = training.validation_share
-            scorer = self.scorer
-            indices = select_examples_to_score(examples, training.batch_size, fraction, scorer.sharding, scorer.rows)
+            indices = select_examples_to_score(
+                examples,
+                training.batch_size,
+                training.validation_share,
+                self.scorer.sharding,
+                self.scorer.rows_per_call,
+            )
         else:
             indices = select_worker_examples(examples, self.scorer.sharding)
         dtype = select_stored_dtype(options, cut)
