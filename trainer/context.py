@@ -45,7 +45,7 @@ from trainer.training.step import StepSettings, TrainingStep, require_plausible
 
 @dataclass
 class RunPlan:
-    """The decisions that each start of a run makes before its first training step."""
+    """The decisions that each start (process) of a run makes before its first training step."""
 
     features: FeaturePlan
     compiled: dict[str, bool]  # phase name -> whether XLA compiles the training step

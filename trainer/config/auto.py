@@ -8,8 +8,11 @@ from trainer.config.schema import AutoValues, Precision, RequestedConfig, RunCon
 from trainer.types import CPU, Device
 
 # A dataset has few images if it has fewer than FEW_IMAGES, or on average fewer than FEW_PER_CLASS per class.
-FEW_IMAGES, FEW_PER_CLASS = 5_000, 100
-MANY_IMAGES, MANY_CLASSES = 50_000, 50  # the largest backbone is chosen if a dataset has at least both numbers
+FEW_IMAGES = 5_000
+FEW_PER_CLASS = 100
+# The largest backbone is chosen if a dataset has at least MANY_IMAGES images and MANY_CLASSES classes.
+MANY_IMAGES = 50_000
+MANY_CLASSES = 50
 
 
 def resolve_auto(

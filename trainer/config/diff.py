@@ -22,7 +22,7 @@ KEYS_CHANGEABLE_ON_RESUME = (
 # Keys whose value is the address (local path or bucket URL) of data. The address can change on resume if the content at
 # the new address has the fingerprint that the run recorded.
 ADDRESS_KEYS = ("data.root", "data.pattern", "data.data_dir", "data.corrections", "distillation.teacher")
-# Keys whose value is the address of initial weights, which only the first start of a run reads.
+# Keys whose value is the address of initial weights, which only the first start (process) of a run reads.
 INITIAL_WEIGHTS_KEYS = ("model.weights", "warm_start")
 # Keys that can differ between the workers of a run.
 KEYS_PER_WORKER = {f"runtime.{key}" for key in ("cache_dir", "memory_budget_gb", "disk_budget_gb", "data_threads",

@@ -165,5 +165,5 @@ def _write_cache(file: Path, checksums: dict[int, int]) -> None:
     keys, values = np.array(list(checksums), np.uint64), np.array(list(checksums.values()), np.uint32)
     try:
         write_atomically(file, pack({"keys": keys, "checksums": values}))
-    except OSError:  # a full or read-only disk: the next start reads the files again
+    except OSError:  # a full or read-only disk: the next process reads the files again
         return

@@ -418,7 +418,7 @@ def count_image_bytes(split: Split, size: int) -> int:
 
 
 def fill_cache(pixels: Pixels, plan: CachePlan, folder: Path, fingerprint: str) -> None:
-    """Fill the cache that `plan` chooses, or open the disk cache that an earlier start completed.
+    """Fill the cache that `plan` chooses, or open the disk cache that an earlier process completed.
 
     If the disk cannot be written, nothing is cached, and images are decoded each time they are read.
 

@@ -90,8 +90,8 @@ class ShardGate:
         self._num_taken = self._num_read = 0  # number of rows taken from the pipeline; of all blocks read so far
         self._required_range = (-1, -1)  # first and last block of the latest `require`; -1 before the first call
 
-    def wait_for(self, rows: int) -> float:
-        """Wait for every shard that the pipeline can open while `rows` more rows are taken. Return the seconds waited.
+    def wait_for(self, num_rows: int) -> float:
+        """Wait for every shard that the pipeline can open while `num_rows` more are taken. Return the seconds waited.
 
         Raises:
             DataError: a shard is missing or has changed, or the required shards exceed the disk budget.
@@ -103,7 +103,7 @@ class ShardGate:
         while self._blocks and self._blocks[0][0] <= self._num_taken:
             self._blocks.popleft()
             self._first_block += 1
-        self._num_taken += rows
+        self._num_taken += num_rows
         position = 0  # position in `_blocks` of the block with the last row that can be pulled
         while self._has_block(position) and self._blocks[position][0] <= self._num_taken + self.max_rows_ahead:
             position += 1
@@ -156,9 +156,9 @@ class ShardGates:
         """`gates` has one gate per part. All parts have the same number of rows."""
         self._gates = gates
 
-    def wait_for(self, rows: int) -> float:
-        """Wait until `rows` more rows of all parts together can be taken. Return the seconds waited."""
-        return sum(gate.wait_for(rows // len(self._gates)) for gate in self._gates)
+    def wait_for(self, num_rows: int) -> float:
+        """Wait until `num_rows` more rows of all parts together can be taken. Return the seconds waited."""
+        return sum(gate.wait_for(num_rows // len(self._gates)) for gate in self._gates)
 
     def close(self) -> None:
         """Release the shards of all parts."""

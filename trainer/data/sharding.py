@@ -127,7 +127,7 @@ class ShardingPlan:
 
     @property
     def checkpoint_state(self) -> dict[str, Any]:
-        """The values that a checkpoint stores, which `require_resumable` compares with the plan of a later start."""
+        """The values that a checkpoint stores, which `require_resumable` compares with the plan of a resumed run."""
         # With virtual replicas, the batches depend on their number instead of the number of workers.
         num_parts = self.virtual_replicas or self.num_workers
         return {"by": self.mode, "workers": num_parts, "steps_per_epoch": self.steps_per_epoch}

@@ -186,7 +186,7 @@ class RecordSource:
 
 
 def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.ndarray], dict[str, str], list[str]]:
-    """Read the labels and identities of shards, or load the labels that an earlier start cached on disk.
+    """Read the labels and identities of shards, or load the labels that an earlier process cached on disk.
 
     The labels of a shard are cached if all of its records are intact and labelled. In a folder that
     `python -m trainer.prepare` wrote, identities are read from the manifest, so that a dataset has the same fingerprint
@@ -241,7 +241,7 @@ def read_shards(paths: list[str], source: RecordSource) -> tuple[dict[str, np.nd
         labels[path], errors = read_labels(path, shard_index, fields)
         errors += [shard_index.error] if shard_index.error else []
         if not errors:
-            with suppress(OSError):  # without cached labels, a later start reads the shard again
+            with suppress(OSError):  # without cached labels, a later process reads the shard again
                 write_atomically(cache_file, pack({"labels": labels[path]}))
         elif data.on_error == "fail":
             raise make_label_error(errors[0], data.label_field)

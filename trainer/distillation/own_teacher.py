@@ -20,7 +20,7 @@ from trainer.storage.path import storage_path
 def choose_teacher_or_student(
     config: RequestedConfig, control: ControlChannel
 ) -> tuple[RequestedConfig, RequestedConfig | None]:
-    """Decide whether this start trains the teacher or the student.
+    """Decide whether this start (this process) trains the teacher or the student.
 
     All workers must call this; only the chief reads the folders. The student's output_dir is also checked, so that its
     errors are raised before the teacher is trained.

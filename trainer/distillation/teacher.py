@@ -102,7 +102,7 @@ class OpenedTeacher:
 
 @dataclass
 class ConfiguredTeacher:
-    """The configured teacher: its network, or the soft labels that an earlier start computed."""
+    """The configured teacher: its network, or the soft labels that an earlier start (process) of the run computed."""
 
     fingerprint: str  # hash of the teacher's files
     resize: Resize  # how the images that it predicts become square

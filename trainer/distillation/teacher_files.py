@@ -145,34 +145,37 @@ def _parse_scores(fingerprint: str, report: Any) -> dict[str, Any]:
     }
 
 
-def check_classes(address: str, teacher: tuple[str, ...], data: tuple[str, ...]) -> None:
-    """Raise a DataError unless `teacher` and `data` are the same class names in the same order.
+def check_classes(address: str, teacher_names: tuple[str, ...], data_names: tuple[str, ...]) -> None:
+    """Raise a DataError unless `teacher_names` and `data_names` are the same class names in the same order.
 
     Args:
         address: address of the teacher, for the message.
-        teacher: class names of the teacher, in the order of its logits.
-        data: class names of the dataset, in the order of its labels.
+        teacher_names: class names of the teacher, in the order of its logits.
+        data_names: class names of the dataset, in the order of its labels.
     """
-    teacher, data = (tuple(map(normalize_class_name, names)) for names in (teacher, data))
-    if teacher == data:
+    teacher_names, data_names = (tuple(map(normalize_class_name, names)) for names in (teacher_names, data_names))
+    if teacher_names == data_names:
         return
-    differences = {"only the teacher has": _list_extra(teacher, data), "only the data has": _list_extra(data, teacher)}
+    differences = {
+        "only the teacher has": _list_extra(teacher_names, data_names),
+        "only the data has": _list_extra(data_names, teacher_names),
+    }
     detail = " and ".join(f"{prefix} {names}" for prefix, names in differences.items() if names)
-    detail = detail or f"they are in a different order ({', '.join(teacher[:5])}; {', '.join(data[:5])})"
-    problem = f"has {len(teacher)} classes and the data has {len(data)}: {detail}"
+    detail = detail or f"they are in a different order ({', '.join(teacher_names[:5])}; {', '.join(data_names[:5])})"
+    problem = f"has {len(teacher_names)} classes and the data has {len(data_names)}: {detail}"
     raise DataError(problem, key=KEY, value=address, fix="give a teacher that was trained on these classes")
 
 
-def check_same_teacher(run: str, recorded: str | None, current: str) -> None:
+def check_same_teacher(output_dir: str, recorded: str | None, current: str) -> None:
     """Raise a DataError if a run was started with another teacher.
 
     Args:
-        run: output_dir of the run, for the message.
+        output_dir: output_dir of the run, for the message.
         recorded: teacher fingerprint in the run's checkpoint; None for a new run.
         current: fingerprint of the configured teacher.
     """
     if recorded not in (None, current):
-        problem = f"{run} began with another teacher (fingerprint {recorded}, now {current})"
+        problem = f"{output_dir} began with another teacher (fingerprint {recorded}, now {current})"
         raise DataError(problem, key=KEY, fix="give the teacher that it began with, or another output_dir")
 
 

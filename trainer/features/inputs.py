@@ -93,7 +93,7 @@ def switch_to_images(name: str, images: ImageStore, plan: FeaturePlan) -> None:
 
 @dataclass(frozen=True)
 class FeatureCache:
-    """Opens the features of a phase: reads the rows that an earlier start stored on disk, and computes the others."""
+    """Opens the features of a phase: reads the rows that an earlier process stored on disk, and computes the others."""
 
     feature_pass: FeaturePass
     plan: FeaturePlan

@@ -179,7 +179,7 @@ def count_feature_bytes(shape: tuple[int, ...], dtype: str, num_views: int, num_
 
 
 def open_features(features: Features, file: Path, memory_budget: int | None, disk_budget: int) -> Features | None:
-    """Prepare `features` for writing, and load the rows that earlier starts stored in `file`.
+    """Prepare `features` for writing, and load the rows that earlier processes stored in `file`.
 
     Features that fit the memory budget are stored in memory, and also on disk if they fit the disk budget. Features
     that fit only the disk budget are stored only on disk. The least recently used features in the same folder are

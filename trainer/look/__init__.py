@@ -27,7 +27,8 @@ from trainer.monitoring.health import health
 
 # Argument -> problem that is reported if it is missing, or "" if it is optional.
 ARGUMENTS = {"output": "", "images": ""}
-DEFAULT_OUTPUT, DEFAULT_IMAGES = "outputs/look", 4000  # defaults of the arguments output and images
+DEFAULT_OUTPUT = "outputs/look"  # default of the argument output
+DEFAULT_IMAGES = 4000  # default of the argument images
 MAX_IMAGES = 100_000  # largest value of the argument images; a report compares at most as many to detect duplicates
 
 

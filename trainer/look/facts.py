@@ -27,7 +27,8 @@ from trainer.types import Orientation, Split
 # eighth of its size, which is fast.
 COMPARED_SIDE = 32
 MAX_SIZES = 8  # number of the most frequent sizes that are listed
-_MAX_GROUPS, _MAX_FIELDS = 50, 20  # maximum number of values of a group field; maximum number of such fields
+_MAX_GROUPS = 50  # maximum number of values of a group field
+_MAX_FIELDS = 20  # maximum number of group fields
 # Ranges of aspect ratios, width / height: name -> lower bound. The upper bound is the next lower bound.
 ASPECTS = {
     "narrower than 1:2": 0.0, "1:2 to 3:4": 0.5, "3:4 to square": 0.75, "square": 0.98, "square to 4:3": 1.02,

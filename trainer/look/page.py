@@ -22,7 +22,8 @@ from trainer.report.figures import (
 )  # fmt: skip
 from trainer.report.page import THUMBNAIL_PIXELS, embed_thumbnail, render
 
-MAX_DRAWN, MAX_CAPTION = 60, 16  # number of images in examples.png; characters of a caption
+MAX_DRAWN = 60  # maximum number of images in examples.png
+MAX_CAPTION = 16  # maximum number of characters of a caption
 MAX_BARS = 60  # number of classes in counts.png
 MAX_ROWS = 1_000  # number of classes in the table of counts
 THUMBNAIL_SIDE = 80  # longest side, in pixels, of the images on a page with more than `MANY_CLASSES` classes

@@ -13,13 +13,14 @@ MIN_SCORED_EXAMPLES = 100  # validation or test examples; with fewer, one exampl
 ENOUGH_PER_CLASS = 100  # training examples per class; with fewer, each image is repeated too often
 MAX_FRACTION = 0.3  # largest data.validation_fraction or data.test_fraction that is suggested
 MIN_EXAMPLES_TO_DIVIDE = 10  # number of examples from which some are set aside for another split
-# Minimum of (shorter side / model.image_size) to suggest a larger size; of its inverse, to suggest a smaller one.
-LARGE_RATIO, SMALL_RATIO = 2.0, 2.0
+LARGE_RATIO = 2.0  # minimum of (shorter side / model.image_size) to suggest a larger size
+SMALL_RATIO = 2.0  # minimum of (model.image_size / shorter side) to suggest a smaller size
 GOOD_SIZE = 224  # pixels; the image size of most ImageNet weights
 STRETCHED = 1.7  # longer / shorter side from which a stretched image is hard to recognize; 16:9 is 1.78
 # Data is mixed if at least this fraction are portraits, and at least this fraction landscapes: stretching distorts them
 # in opposite directions. This matters if (longer / shorter side) is at least `MIXED_STRETCH`.
-MIXED_FRACTION, MIXED_STRETCH = 0.2, 1.3
+MIXED_FRACTION = 0.2
+MIXED_STRETCH = 1.3
 MAX_CROPPED = 0.5  # fraction of an image outside its centered square from which stretching is suggested
 
 

@@ -10,7 +10,8 @@ from trainer.report.counts import format_counts
 from trainer.report.figures import shorten_name
 
 WIDTH = 80  # terminal columns
-_MAX_NOTES, _MAX_UNREADABLE = 6, 3  # number of notes, and of unreadable files, that are listed
+_MAX_NOTES = 6  # maximum number of notes that are listed
+_MAX_UNREADABLE = 3  # maximum number of unreadable files that are listed
 
 
 def _wrap(label: str, text: str, width: int = 12) -> str:

@@ -94,7 +94,7 @@ def run_night(settings: Settings, now: datetime, runtime: Runtime) -> None:
 
     Raises:
         NotPromoted: the run is worse than the served version.
-        Interrupted: the run was interrupted; the next start continues it.
+        Interrupted: the run was interrupted; the next start of the command continues it.
         ConfigError, DataError: the reference, the log or a record cannot be used, or the run cannot be promoted.
         TrainerError: the run failed.
     """

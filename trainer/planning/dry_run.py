@@ -40,7 +40,7 @@ from trainer.training.losses import compute_class_weights
 from trainer.types import Dataset
 
 
-def show_run(plan: Plan, arguments: list[str], plot: Path | None, summary: bool) -> None:
+def show_run(plan: Plan, arguments: list[str], plot: Path | None, lists_layers: bool) -> None:
     """Print all sections of the plan, and collect its warnings and errors.
 
     If the run would first train its teacher, the plan of the teacher's run is printed first.
@@ -48,18 +48,18 @@ def show_run(plan: Plan, arguments: list[str], plot: Path | None, summary: bool)
     Args:
         arguments: the run's command-line arguments, such as "data=digits".
         plot: PNG file to which the network is drawn; None to draw nothing.
-        summary: whether to list the layers of the network.
+        lists_layers: whether to list the layers of the network.
     """
-    teacher = _show_teacher(plan, arguments, summary)
+    teacher = _show_teacher(plan, arguments, lists_layers)
     sections.show_configuration(plan, arguments)
     _show_cluster(plan)
-    _show_data_and_network(plan, plot, summary)
+    _show_data_and_network(plan, plot, lists_layers)
     plan.warnings += find_settings_warnings(plan.config)
     if teacher:
         plan.warnings += [f"teacher: {warning}" for warning in teacher.warnings if warning not in plan.warnings]
 
 
-def _show_teacher(plan: Plan, arguments: list[str], summary: bool) -> Plan | None:
+def _show_teacher(plan: Plan, arguments: list[str], lists_layers: bool) -> Plan | None:
     """Print the plan of the run that trains the teacher, and return it; None if the teacher need not be trained."""
     config = plan.config
     is_needed = False
@@ -72,7 +72,7 @@ def _show_teacher(plan: Plan, arguments: list[str], summary: bool) -> Plan | Non
     teacher_plan = Plan(teacher, plan.cluster)
     plan.print(Text("the teacher, trained first", style="bold reverse"))
     with rename_teacher_keys():
-        show_run(teacher_plan, arguments, plot=None, summary=summary)
+        show_run(teacher_plan, arguments, plot=None, lists_layers=lists_layers)
     plan.errors += [prefix_teacher_key(error) for error in teacher_plan.errors]
     plan.untrained_teacher = teacher_plan.config
     plan.print(Text("\nthe student, trained after it", style="bold reverse"))
@@ -190,7 +190,7 @@ def _open(plan: Plan, data: Data, streamed: bool = False) -> bool:
     return True
 
 
-def _show_data_and_network(plan: Plan, plot: Path | None, summary: bool) -> None:
+def _show_data_and_network(plan: Plan, plot: Path | None, lists_layers: bool) -> None:
     """Print the sections about data and storage, and the sections about the network if the dataset can be opened."""
     rows: Rows = []
     num_errors = len(plan.errors)
@@ -206,12 +206,12 @@ def _show_data_and_network(plan: Plan, plot: Path | None, summary: bool) -> None
     sections.show_storage(plan, problem)
     with plan.collect_errors():
         if plan.dataset:
-            _show_training(plan, plan.dataset, plot, summary)
+            _show_training(plan, plan.dataset, plot, lists_layers)
         elif isinstance(config := plan.config, RunConfig):
             check_batch_size(config, plan.replicas * plan.cluster.size)
 
 
-def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: bool) -> None:
+def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, lists_layers: bool) -> None:
     """Resolve `auto` values as a run does, build the network, and print the sections about the network and training."""
     num_classes = len(dataset.class_names)
     device, replicas = detect_device(), plan.replicas * plan.cluster.size
@@ -293,7 +293,7 @@ def _show_training(plan: Plan, dataset: Dataset, plot: Path | None, summary: boo
     if plot:
         model_rows.append(("drawing", str(network_plot.draw_network(classifier, phases, num_classes, plot))))
     plan.print_section("model", model_rows)
-    if summary:
+    if lists_layers:
         plan.print(Text("\nlayers", style="bold"))
         print("\n".join(format_layers(classifier, phases, get_width(PIPE_WIDTH))), flush=True)
     sections.show_memory(plan, memory)

@@ -23,7 +23,8 @@ from trainer.types import Dataset, choose_scored_split
 
 BUDGET_SECONDS = 60.0  # after this time, no further measurement begins
 BATCH_SIZE = 8  # images per measured step
-MAX_TIMED_CALLS, MAX_TIMED_SECONDS = 3, 5.0  # maximum number and total seconds of timed calls of one measurement
+MAX_TIMED_CALLS = 3  # maximum number of timed calls of one measurement
+MAX_TIMED_SECONDS = 5.0  # after this total time, no further call of a measurement is timed
 
 
 def format_time(seconds: float) -> str:

@@ -38,7 +38,8 @@ if TYPE_CHECKING:  # this import loads Keras, which `trainer.look`, another call
 
 MAX_COMPARED_IMAGES = 100_000  # images in the search for duplicates, over all splits; their thumbnails take 77 MB
 READ_BATCH = 64  # images per batch in the search for duplicates
-SAMPLE_COUNT, NUM_AUGMENTED_VIEWS = 12, 8  # training images in the report, and augmented views of the first one
+SAMPLE_COUNT = 12  # number of training images in the report
+NUM_AUGMENTED_VIEWS = 8  # number of augmented views of the first of them
 FETCH_BATCH = 512  # images per input pipeline if shards are in a bucket; limits the shards on the local disk
 
 

@@ -117,7 +117,8 @@ def render(template: str, **context: Any) -> str:
     return _create_environment().get_template(template).render(context)
 
 
-GALLERY_SIDE, THUMBNAIL_PIXELS = 224, 112  # pixels of the longest side of an image in the gallery and in other sections
+GALLERY_SIDE = 224  # longest side, in pixels, of an image in the gallery
+THUMBNAIL_PIXELS = 112  # longest side, in pixels, of an image in other sections
 MAX_ENTRIES_WITH_IMAGES = 12  # maximum number of label errors, and of groups of duplicates, shown with images
 MAX_IMAGES_PER_GROUP = 4  # images shown per group of duplicates
 _MAX_PIXELATED_SIDE = 64  # pixels; an image up to this size is enlarged without interpolation

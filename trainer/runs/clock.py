@@ -1,4 +1,7 @@
-"""Measure a run's time breakdown: the seconds in each category since its first start."""
+"""Measure a run's time breakdown: the seconds in each category since its first start.
+
+A start is one process of the run; an interrupted run has several.
+"""
 
 import time
 from collections.abc import Iterator
