@@ -82,7 +82,7 @@ def test_a_finished_run_is_exported_again_in_other_formats(tmp_path: Path) -> No
     facts = facts_of(folder)
     assert list(facts) == ["saved_model", "keras", "tflite"]
     assert facts["keras"]["largest_difference"] <= 1e-4  # type: ignore[operator]
-    assert facts["keras"]["trainer_accuracy"] == facts["saved_model"]["trainer_accuracy"]
+    assert facts["keras"]["trainer_accuracy"] == facts["tflite"]["trainer_accuracy"]
     assert (folder / "export" / "saved_model" / "1" / "saved_model.pb").stat().st_mtime_ns == before
     assert "| `keras` | " in (folder / "export" / "model_card.md").read_text()
     # The same weights as the export of the run itself, averaged ones included.
@@ -118,7 +118,7 @@ def test_a_kill_in_the_export_leaves_the_same_files(tmp_path: Path) -> None:
 
 
 def test_a_run_in_bfloat16_whose_batch_normalization_trains_is_exported(tmp_path: Path) -> None:
-    """A SavedModel rounds in other operations than the trainer, which folds normalization into convolutions."""
+    """A SavedModel contains the trainer's functions, so it rounds as the trainer."""
     folder = tmp_path / "run"
     result = train(
         "experiment=quickstart", "debug.max_examples=120", "runtime.precision=bfloat16",
@@ -131,7 +131,7 @@ def test_a_run_in_bfloat16_whose_batch_normalization_trains_is_exported(tmp_path
         assert not facts[name]["refused"]
         is_worse = facts[name]["lost"] > facts[name]["gained"]  # type: ignore[operator]
         assert (f"warning: {file} predicts {facts[name]['lost']} examples worse" in result.stderr) is is_worse
-    assert facts["tflite"]["largest_difference"] < 1e-3 < facts["saved_model"]["largest_difference"]  # type: ignore[operator]
+    assert max(facts[name]["largest_difference"] for name in ("tflite", "saved_model")) < 1e-3  # type: ignore[type-var]
 
 
 def move_logits(checkpoint: Path, by: float) -> None:

@@ -39,8 +39,7 @@ class Explainer:
 def make_explainer(classifier: Classifier) -> Explainer:
     """Trace a classifier's inference functions, for all batch sizes, with the current values of the backbone.
 
-    BatchNormalization is folded into copies of the backbone's variables, so later changes of these have no effect. Both
-    functions call one traced function for the backbone, because tracing it takes most of the time of an export.
+    BatchNormalization is folded into copies of the backbone's variables, so later changes of these have no effect.
     """
     backbone, size = classifier.backbone, classifier.image_size
     folded = fold_into_variables(backbone)
@@ -51,8 +50,9 @@ def make_explainer(classifier: Classifier) -> Explainer:
     variables += tf.nest.flatten(list(folded.values()))
     pixels = tf.TensorSpec([None, size, size, 3], tf.float32, "images")
 
-    @trace(input_signature=[pixels])
     def features(images: tf.Tensor) -> tf.Tensor:
+        # Not traced itself: the names in a LiteRT file would contain the number of the traced function, and two exports
+        # of the same weights would differ.
         return classifier.features(images, folded=folded)
 
     @trace(input_signature=[pixels])
