@@ -17,6 +17,7 @@ from tests.storage.emulator import running
 from trainer.config.schema import ExportFormat
 from trainer.data.decoding import decode_image
 from trainer.exporting.export import open_images
+from trainer.exporting.formats import MAX_UNCONVERTED_EXAMPLES
 from trainer.exporting.verify import load_export
 from trainer.models.grad_cam import explain_features
 from trainer.runs.stored_run import find_run, load_checkpoint, open_classifier
@@ -52,7 +53,8 @@ def test_every_format_of_a_trained_run_is_scored(trained: Path) -> None:
         assert export["trainer_accuracy"] >= 0.8, "too low to measure a loss of accuracy"  # type: ignore[operator]
         assert export["largest_difference"] <= NEAR.get(name, 1e-4), name  # type: ignore[operator]
         assert export["accuracy"] >= export["trainer_accuracy"] - 0.02, name  # type: ignore[operator]
-        assert (export["examples"], export["refused"]) == (300, False)
+        num_examples = MAX_UNCONVERTED_EXAMPLES if name == "saved_model" else 300
+        assert (export["examples"], export["refused"]) == (num_examples, False)
         assert (trained / str(export["path"])).exists()
         assert f"| `{name}` | " in card
 
